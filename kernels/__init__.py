@@ -1,0 +1,1 @@
+"""Pure tensor functions: Triton kernels, each beside its PyTorch reference."""

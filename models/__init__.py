@@ -1,0 +1,1 @@
+"""What a teacher or a student is: loading, denoisers, encoders and the embedded digits models."""

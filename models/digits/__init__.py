@@ -1,0 +1,1 @@
+"""The embedded default: scikit-learn's digits, their teacher and their two encoders."""

@@ -1,0 +1,1 @@
+"""Sampler policies, rollouts, rewards, advantages and policy-optimisation losses."""
