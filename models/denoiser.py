@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .schedules import Schedule
+
 Condition = Mapping[str, Tensor]
 """Keyword tensors (B, ...) that the network takes beside the latent and the timestep; `class_labels` for class models."""
 
@@ -23,20 +25,16 @@ class Denoiser:
     Attributes:
         network: called as `network(x, t, **condition)`; returns the prediction (B, C, H, W), as a tensor or as a
             diffusers output with `.sample`.
-        alphas_cumprod: (train_timesteps,) float64, the cumulative product of 1 - beta of the training schedule.
-        final_alpha_cumprod: the value that stands after the last step (1.0: the image without noise).
-        prediction_type: "epsilon" | "v_prediction" | "sample".
+        schedule: the noise schedule that the network was trained on.
         latent_shape: (C, H, W) of one latent.
-        timesteps: maps a number of steps to the descending timesteps (steps,) int64 of the scheduler.
+        classes: number of classes that a condition may ask for.
         unconditional: maps a condition to the one that classifier-free guidance subtracts.
     """
 
     network: nn.Module
-    alphas_cumprod: Tensor
-    final_alpha_cumprod: float
-    prediction_type: str
+    schedule: Schedule
     latent_shape: tuple[int, int, int]
-    timesteps: Callable[[int], Tensor]
+    classes: int
     unconditional: Callable[[Condition], Condition]
 
     def with_network(self, network: nn.Module) -> Denoiser:
@@ -50,7 +48,7 @@ class Denoiser:
 
         Args:
             x: (B, C, H, W) latents, any floating dtype; the network sees them in its own.
-            timestep: (B,) int64 training timesteps.
+            timestep: (B,) what the schedule's policies give: int64 training timesteps, or fp32 sigma * 1000.
             condition: tensors (B, ...).
             guidance: classifier-free guidance weight w of f_u + w (f_c - f_u); at 1 the unconditional half is left out.
 

@@ -1,0 +1,5 @@
+"""The one error that a user is meant to read: what was given, what is allowed, what to do."""
+
+
+class EngineError(ValueError):
+    """Bad input or a run that must not go on. The command line prints it as one paragraph and exits with code 2."""

@@ -1,0 +1,114 @@
+"""What is checked between a valid configuration and the first written file: the machine, the teacher, the sizes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from engine import ranks
+from engine.config import Config
+from engine.errors import EngineError
+from engine.models.denoiser import Denoiser
+from engine.models.digits import load_reward_encoder
+from engine.rl.rewards import CompositeReward, RewardError, composite_reward
+from engine.sampling import make_policy
+
+DIGIT_SHAPE, DIGIT_CLASSES = (1, 8, 8), 10
+
+
+def check(config: Config, teacher: Denoiser, student: Denoiser, world_size: int) -> CompositeReward:
+    """Refuse what cannot work, with the key, the value and what is allowed; returns the reward that was asked for.
+
+    Raises:
+        EngineError: one paragraph.
+    """
+    _machine(config)
+    _networks(config, teacher, student)
+    _sizes(config, student, world_size)
+    if config.prompts.path is not None:
+        raise EngineError(f"prompts.path={config.prompts.path}: the teacher is conditioned on classes, not on text")
+    return _reward(config, teacher)
+
+
+def is_digits(denoiser: Denoiser) -> bool:
+    """Whether the embedded digit encoders can look at a denoiser's images."""
+    return denoiser.latent_shape == DIGIT_SHAPE and denoiser.classes == DIGIT_CLASSES
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("torch", "triton", "deepspeed", "bitsandbytes", "diffusers", "transformers", "xformers", "redif-engine")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return {"python": platform.python_version(), **found}
+
+
+def _machine(config: Config) -> None:
+    if config.precision == "fp16" and ranks.device().type == "cpu":
+        raise EngineError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise EngineError("logging.wandb=true, but wandb is not installed; pip install redif-engine[wandb]")
+
+
+def _networks(config: Config, teacher: Denoiser, student: Denoiser) -> None:
+    for denoiser, key in ((teacher, "teacher.path"), (student, "student.init")):
+        bad = [n for n, p in denoiser.network.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            raise EngineError(f"{key}: {len(bad)} weights are not finite, the first is {bad[0]}")
+    shapes = [{n: p.shape for n, p in d.network.named_parameters()} for d in (teacher, student)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+        raise EngineError(
+            f"student.init={config.student.init} is another architecture than the teacher; "
+            f"{len(differing)} parameters differ, the first is {differing[0]}"
+        )
+
+
+def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
+    rollout, train = config.rollout, config.train
+    if rollout.conditions % world_size:
+        raise EngineError(
+            f"rollout.conditions={rollout.conditions} is not a multiple of the {world_size} ranks; "
+            "whole groups stay on one rank"
+        )
+    policy = make_policy(student, config.policy.kind, config.student.steps, config.policy.eta)
+    stochastic = int(policy.stochastic.sum())
+    if stochastic == 0:
+        raise EngineError(
+            f"student.steps={config.student.steps} with policy.kind={config.policy.kind} has no stochastic step "
+            "(its only step ends at the image), so nothing can be learned; use more steps"
+        )
+    if config.policy.window is not None and config.policy.window > stochastic:
+        raise EngineError(
+            f"policy.window={config.policy.window} is more than the {stochastic} stochastic steps of a "
+            f"{config.student.steps}-step student"
+        )
+    pairs = rollout.group_size * min(stochastic, config.policy.window or stochastic)
+    if pairs % train.updates:
+        divisors = [n for n in range(1, pairs + 1) if pairs % n == 0]
+        raise EngineError(
+            f"train.updates={train.updates} does not divide the {pairs} (sample, step) pairs of a group; "
+            f"give one of {', '.join(map(str, divisors))}"
+        )
+
+
+def _reward(config: Config, teacher: Denoiser) -> CompositeReward:
+    needs_encoder = {"feature", "class_log_prob"} & set(config.reward.terms)
+    if needs_encoder and not is_digits(teacher):
+        raise EngineError(
+            f"reward.terms={sorted(config.reward.terms)}: {', '.join(sorted(needs_encoder))} read the digit encoder, "
+            f"which sees 10 classes of {DIGIT_SHAPE}; this teacher draws {teacher.classes} of {teacher.latent_shape}. "
+            "Use pixel"
+        )
+    encoder = load_reward_encoder().to(ranks.device()) if needs_encoder else None
+    try:
+        return composite_reward(config.reward.terms, encoder)
+    except RewardError as error:
+        raise EngineError(f"reward.terms: {error}") from None

@@ -1,0 +1,432 @@
+"""The trainer: ReDiF as it reads on paper (arXiv 2512.22802, algorithm 1).
+
+Conditions -> teacher targets -> rollout -> reward -> advantage -> clipped loss over shuffled (sample, step) pairs.
+Every random number is addressed by (seed, iteration, condition, step), never streamed, so that ranks, batch sizes and
+resumption change nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
+
+from engine import checkpoint, ranks, zero
+from engine.conditions import ConditionPool, noise, seed_of
+from engine.config import Config
+from engine.errors import EngineError
+from engine.models.denoiser import Condition, Denoiser
+from engine.rl import GaussianPolicy
+from engine.rl.advantages import RunningBaseline, grpo_advantage
+from engine.rl.losses import pair_loss, step_weights
+from engine.rl.rewards import CompositeReward
+from engine.rl.rollout import Trajectory, first_pass_error, rollout
+from engine.sampling import deterministic_policy, make_policy, sample, to_images
+from engine.teacher_cache import TeacherCache
+
+RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
+PASSES = ("teacher", "student_forward", "student_backward", "reference", "evaluation")
+"""Network evaluations of one latent, by role: what a run costs on any machine."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass
+class Batch:
+    """One rank's conditions of one iteration: M whole groups.
+
+    Attributes:
+        slots: (M,) int64, places in the iteration's list of conditions, over all ranks.
+        indices: (M,) int64, pool indices.
+        condition: network conditions (M, ...).
+    """
+
+    slots: Tensor
+    indices: Tensor
+    condition: Condition
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        config: of the run.
+        teacher: frozen denoiser on this rank's device.
+        student: its network is trained, in place.
+        reward: scores images against the teacher's.
+        cache_folder: of the teacher's target images.
+    """
+
+    def __init__(
+        self, config: Config, teacher: Denoiser, student: Denoiser, reward: CompositeReward, cache_folder: Path
+    ) -> None:
+        self.config = config
+        self.device = ranks.device()
+        self.reward = reward
+        self.targets = TeacherCache(
+            cache_folder,
+            teacher,
+            steps=config.teacher.steps,
+            guidance=config.teacher.guidance,
+            batch_size=config.rollout.batch_size,
+        )
+        self.pool = ConditionPool("train", config.seed, config.rollout.pool, teacher.classes, teacher.latent_shape)
+        self.held_out = ConditionPool(
+            "held_out", config.evaluation.seed, config.evaluation.held_out, teacher.classes, teacher.latent_shape
+        )
+        self.policies = self._policies(student)
+        self.reference = None
+        if config.objective.kl_coef:
+            frozen = copy.deepcopy(student.network).requires_grad_(False).to(DTYPES[config.precision])
+            self.reference = student.with_network(frozen)
+        self.averaged = student.with_network(copy.deepcopy(student.network).requires_grad_(False))
+        self.engine = zero.initialize(
+            config,
+            student.network,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            world_size=ranks.world_size(),
+        )
+        self.student = student.with_network(self.engine)
+        self.baseline = RunningBaseline(config.rollout.pool, decay=config.objective.baseline_decay)
+        self.iteration = 0
+        self.worst_ratio_error = 0.0
+        self.best: dict[str, float] = {"iteration": 0, "reward": -math.inf}
+        self.passes: Counter[str] = Counter(dict.fromkeys(PASSES, 0))
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    # ------------------------------------------------------------------ the algorithm
+
+    def train_iteration(self) -> dict[str, float]:
+        """One iteration; returns its metrics."""
+        passes_before, started = self.passes.copy(), time.perf_counter()
+        seconds_before = dict(self.seconds)
+        batch = self.draw_conditions()
+        policy = self.policies[self.iteration % len(self.policies)]
+        with self._timed("teacher"):
+            targets = self.teacher_images(self.pool, batch.indices)
+        with self._timed("rollout"):
+            trajectory = self.roll_out(batch, policy)
+        condition = _repeat(batch.condition, self.config.rollout.group_size)
+        with self._timed("reward"):
+            rewards, metrics = self.score(trajectory, targets, condition)
+        advantage = self.advantages(rewards, batch)
+        if self.iteration == 0:
+            self.check_first_pass(policy, trajectory, condition)
+        with self._timed("update"):
+            metrics |= self.update(batch, policy, trajectory, condition, advantage)
+        self.average_student()
+        self.iteration += 1
+        self.passes = self._total(self.passes - passes_before) + passes_before
+        passes = {f"passes/{name}": count - passes_before[name] for name, count in self.passes.items()}
+        seconds = {f"time/{name}": self.seconds[name] - seconds_before.get(name, 0.0) for name in self.seconds}
+        seconds["time/iteration"] = time.perf_counter() - started
+        return {"iteration": self.iteration, **metrics, **passes, **seconds}
+
+    def draw_conditions(self) -> Batch:
+        """This rank's share of the iteration's conditions; the list of all ranks is the same for any number of them."""
+        count = self.config.rollout.conditions
+        slots = torch.arange(count)[ranks.share(count)]
+        indices = self.pool.draw(count, iteration=self.iteration)[slots]
+        condition = {name: value.to(self.device) for name, value in self.pool.condition(indices).items()}
+        return Batch(slots, indices, condition)
+
+    def teacher_images(self, pool: ConditionPool, indices: Tensor) -> Tensor:
+        """Target images (M, C, H, W) in [0, 1], drawn once per condition."""
+        before = self.targets.passes
+        latents = self.targets.targets(pool, indices, self.device)
+        self.passes["teacher"] += self.targets.passes - before
+        return to_images(latents)
+
+    def roll_out(self, batch: Batch, policy: GaussianPolicy) -> Trajectory:
+        """group_size samples of each condition by the student's policy."""
+        config, size, shape = self.config, self.config.rollout.group_size, self.pool.latent_shape
+        initial, condition, repeat = self.pool.initial_noise(batch.indices), batch.condition, size
+        if config.rollout.pairing == "prompt":
+            # Each sample starts from noise of its own, so no two rows of a group are ever equal.
+            initial, condition, repeat = self._noise("initial", batch, shape, rows=size), _repeat(condition, size), 1
+        trajectory = rollout(
+            self.student,
+            policy,
+            initial.to(self.device),
+            condition,
+            guidance=config.student.guidance,
+            group_size=repeat,
+            step_noise=lambda step: self._noise("step", batch, shape, rows=size, step=step),
+            batch_size=config.rollout.batch_size,
+        )
+        self.passes["student_forward"] += trajectory.passes
+        return trajectory
+
+    def score(
+        self, trajectory: Trajectory, targets: Tensor, condition: Condition
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Rewards (samples of all ranks,) fp32 and their statistics."""
+        size = self.config.rollout.group_size
+        with torch.no_grad():
+            total, terms = self.reward(to_images(trajectory.final), targets.repeat_interleave(size, 0), condition)
+        names = list(terms)
+        table = ranks.gather(torch.stack([total, *(terms[name] for name in names)], dim=1).double())
+        rewards = table[:, 0]
+        metrics = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std(unbiased=False).item()}
+        metrics["reward/within_group_std"] = rewards.view(-1, size).std(1, unbiased=False).mean().item()
+        metrics |= {f"reward/{name}": table[:, i + 1].mean().item() for i, name in enumerate(names)}
+        return rewards.float(), metrics
+
+    def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
+        """Advantages of this rank's samples (N,) from the rewards of all ranks."""
+        config, size = self.config, self.config.rollout.group_size
+        scaling = {"scale": config.advantage.scale, "clip": config.advantage.clip}
+        if config.objective.kind == "ppo":
+            indices = self.pool.draw(config.rollout.conditions, iteration=self.iteration).repeat_interleave(size)
+            advantage = self.baseline.advantage(rewards, indices, **scaling)
+        else:
+            advantage = grpo_advantage(rewards, size, **scaling)
+        return advantage.view(-1, size)[batch.slots].flatten()
+
+    def check_first_pass(self, policy: GaussianPolicy, trajectory: Trajectory, condition: Condition) -> None:
+        """Score the first rollout again, all of it, before anything is trained on a ratio that is not 1."""
+        error = first_pass_error(
+            self.student,
+            policy,
+            trajectory,
+            condition,
+            guidance=self.config.student.guidance,
+            batch_size=self.micro_batch,
+        )
+        self.passes["student_forward"] += len(trajectory.step) * self.student.passes(self._guidance)
+        self._refuse_ratio(error)
+
+    def update(
+        self, batch: Batch, policy: GaussianPolicy, trajectory: Trajectory, condition: Condition, advantage: Tensor
+    ) -> dict[str, float]:
+        """Inner epochs over the shuffled pairs; every minibatch holds as many pairs of each group."""
+        config = self.config
+        weights = step_weights(policy, config.objective.step_weights)
+        self._set_learning_rate()
+        sums: defaultdict[str, float] = defaultdict(float)
+        first_pass, first_error, norms = True, 0.0, []
+        for epoch in range(config.train.inner_epochs):
+            for minibatch in self.minibatches(batch, trajectory, epoch):
+                for pairs in minibatch.split(self.micro_batch):
+                    result = pair_loss(
+                        self.student,
+                        policy,
+                        trajectory,
+                        pairs,
+                        condition,
+                        advantage,
+                        guidance=self._guidance,
+                        clip_range=config.objective.clip_range,
+                        reference=self.reference,
+                        kl_coef=config.objective.kl_coef,
+                        kl_kind=config.objective.kl_kind,
+                        kl_alpha=config.objective.kl_alpha,
+                        weights=weights,
+                    )
+                    share = len(pairs) / len(minibatch)
+                    if first_pass:
+                        first_error = max(first_error, (result.ratio - 1).abs().max().item())
+                        self._refuse_ratio(first_error)
+                    self._refuse_non_finite("loss", result.loss)
+                    # DeepSpeed divides by the accumulation steps; the last micro-batch may be smaller than the others.
+                    self.engine.backward(result.loss * share * self.accumulation)
+                    self.engine.step()
+                    for name in ("loss", "clip_fraction", "kl"):
+                        sums[f"loss/{name}"] += getattr(result, name).detach().float().mean().item() * share
+                    self._count_update(len(pairs))
+                first_pass = False
+                norms.append(zero.grad_norm(self.engine))
+        steps = config.train.inner_epochs * config.train.updates
+        metrics = {name: value / steps for name, value in sums.items()}
+        metrics["grad_norm"] = sum(norms) / len(norms)
+        metrics["advantage/std"] = advantage.float().std(unbiased=False).item()
+        metrics = self._mean(metrics)
+        first_error = self._max(first_error)
+        self.worst_ratio_error = max(self.worst_ratio_error, first_error)
+        return {**metrics, "ratio/first_pass_error": first_error, "lr": self._learning_rate()}
+
+    def minibatches(self, batch: Batch, trajectory: Trajectory, epoch: int) -> Iterator[Tensor]:
+        """Pair indices (pairs of a rank / updates,) of each optimizer step of an inner epoch.
+
+        Each group's pairs are shuffled by a generator of their own and dealt out evenly, so a minibatch is the same set
+        of pairs on one rank and on many.
+        """
+        groups, size = len(batch.slots), self.config.rollout.group_size
+        stochastic_steps = len(trajectory.step) // (groups * size)
+        pairs = torch.arange(len(trajectory.step)).view(stochastic_steps, groups, size)
+        by_group = pairs.transpose(0, 1).reshape(groups, -1)
+        order = [
+            torch.randperm(by_group.shape[1], generator=torch.Generator().manual_seed(seed))
+            for seed in (
+                seed_of("shuffle", self.config.seed, self.iteration, epoch, int(slot)) for slot in batch.slots
+            )
+        ]
+        shuffled = by_group.gather(1, torch.stack(order)).to(self.device)
+        for minibatch in shuffled.chunk(self.config.train.updates, dim=1):
+            yield minibatch.flatten()
+
+    @torch.no_grad()
+    def average_student(self) -> None:
+        """The averaged student follows the trained one."""
+        averaged = dict(self.averaged.network.named_parameters())
+        for name, value in zero.full_parameters(self.engine):
+            averaged[name].lerp_(value.to(averaged[name]), 1 - self.config.ema.decay)
+
+    # ------------------------------------------------------------------ held-out reward and checkpoints
+
+    def evaluate_held_out(self) -> dict[str, float]:
+        """The averaged student's eta = 0 reward on held-out conditions."""
+        config, passes_before = self.config, self.passes.copy()
+        indices = torch.arange(self.held_out.size)[ranks.share(self.held_out.size)]
+        targets = self.teacher_images(self.held_out, indices)
+        final, passes = sample(
+            self.averaged,
+            deterministic_policy(self.averaged, config.student.steps),
+            self.held_out,
+            indices,
+            guidance=self._guidance,
+            device=self.device,
+            batch_size=config.rollout.batch_size,
+        )
+        self.passes["evaluation"] += passes
+        condition = {name: value.to(self.device) for name, value in self.held_out.condition(indices).items()}
+        with torch.no_grad():
+            total, _ = self.reward(to_images(final), targets, condition)
+        self.passes = self._total(self.passes - passes_before) + passes_before
+        return {"reward/held_out_eta0": ranks.gather(total.double()).mean().item()}
+
+    def save(self, folder: Path, teacher_fingerprint: str) -> None:
+        """Write everything that an exact continuation needs; every rank calls it."""
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        if ranks.is_first():
+            save_model(self.averaged.network, str(folder / "ema.safetensors"))
+            save_file(self.baseline.state_dict(), folder / "baseline.safetensors")
+            state = {
+                "iteration": self.iteration,
+                "config": self.config.as_dict(),
+                "teacher": teacher_fingerprint,
+                "world_size": ranks.world_size(),
+                "best": self.best,
+                "worst_ratio_error": self.worst_ratio_error,
+                "passes": dict(self.passes),
+                "seconds": dict(self.seconds),
+            }
+            (folder / "trainer.json").write_text(json.dumps(state, indent=2))
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint that `engine.checkpoint.check_compatible` accepted."""
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        if loaded is None:
+            raise EngineError(f"checkpoint {folder} has no DeepSpeed state that this run can read")
+        load_model(self.averaged.network, str(folder / "ema.safetensors"))
+        self.baseline.load_state_dict(load_file(folder / "baseline.safetensors"))
+        state = checkpoint.read_state(folder)
+        self.iteration = state["iteration"]
+        self.best = state["best"]
+        self.worst_ratio_error = state["worst_ratio_error"]
+        self.passes = Counter(state["passes"])
+        self.seconds = defaultdict(float, state["seconds"])
+
+    # ------------------------------------------------------------------ sizes, rates and checks
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs in one forward pass of a rank."""
+        return min(self.config.train.micro_batch, self._minibatch_size)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return math.ceil(self._minibatch_size / self.micro_batch)
+
+    @property
+    def _minibatch_size(self) -> int:
+        stochastic = int(self.policies[0].stochastic.sum())
+        samples = self.config.rollout.conditions // ranks.world_size() * self.config.rollout.group_size
+        return samples * stochastic // self.config.train.updates
+
+    @property
+    def _guidance(self) -> float:
+        return self.config.student.guidance
+
+    def _policies(self, student: Denoiser) -> list[GaussianPolicy]:
+        config = self.config
+        arguments = (student, config.policy.kind, config.student.steps, config.policy.eta)
+        full = make_policy(*arguments)
+        candidates = full.stochastic.nonzero().flatten().tolist()
+        if config.policy.window is None:
+            return [full]
+        starts = range(len(candidates) - config.policy.window + 1)
+        return [
+            make_policy(*arguments, stochastic_steps=candidates[start : start + config.policy.window])
+            for start in starts
+        ]
+
+    def _noise(self, kind: str, batch: Batch, shape: tuple[int, ...], *, rows: int, step: int = 0) -> Tensor:
+        seeds = [seed_of(kind, self.config.seed, self.iteration, int(slot), step) for slot in batch.slots]
+        return noise(seeds, (rows, *shape)).flatten(0, 1)
+
+    def _learning_rate(self) -> float:
+        settings, progress = self.config.optimizer, self.iteration / max(1, self.config.iterations - 1)
+        falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+        return settings.lr * (settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule])
+
+    def _set_learning_rate(self) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+
+    def _refuse_ratio(self, error: float) -> None:
+        tolerance = self.config.train.ratio_tolerance or RATIO_TOLERANCE[self.config.precision]
+        if not error <= tolerance:
+            raise EngineError(
+                f"iteration {self.iteration + 1}: |ratio - 1| before the first update is {error:.3g}, beyond "
+                f"train.ratio_tolerance={tolerance:g}; rollout and update do not agree, so no gradient would be right. "
+                "Raise the tolerance only if the network itself is that inexact (low precision, batch-dependent layers)"
+            )
+
+    def _refuse_non_finite(self, what: str, value: Tensor) -> None:
+        if not bool(value.isfinite().all()):
+            raise EngineError(
+                f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; nothing was updated with "
+                "it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
+            )
+
+    def _count_update(self, pairs: int) -> None:
+        evaluations = pairs * self.student.passes(self._guidance)
+        self.passes["student_forward"] += evaluations
+        self.passes["student_backward"] += evaluations
+        if self.reference is not None:
+            self.passes["reference"] += evaluations
+
+    def _total(self, passes: Counter[str]) -> Counter[str]:
+        table = ranks.gather(torch.tensor([[passes[name] for name in PASSES]]))
+        return Counter(dict(zip(PASSES, table.sum(0).tolist(), strict=True)))
+
+    def _max(self, value: float) -> float:
+        return ranks.gather(torch.tensor([value], dtype=torch.float64)).max().item()
+
+    def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        table = ranks.gather(torch.tensor([list(metrics.values())], dtype=torch.float64))
+        return dict(zip(metrics, table.mean(0).tolist(), strict=True))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - started
+
+
+def _repeat(condition: Condition, times: int) -> Condition:
+    return {name: value.repeat_interleave(times, 0) for name, value in condition.items()}

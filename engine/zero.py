@@ -1,0 +1,103 @@
+"""DeepSpeed: its JSON from our configuration, the student's engine, and the full-precision weights behind ZeRO."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Config
+from engine.errors import EngineError
+
+
+def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON.
+
+    Args:
+        micro_batch: (sample, step) pairs in one forward pass of a rank.
+        accumulation: micro-batches per optimizer step.
+        world_size: number of ranks.
+
+    Raises:
+        EngineError: when zero.deepspeed sets a key that our configuration decides.
+    """
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.zero.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
+    built = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        # bitsandbytes is not on DeepSpeed's list, and offload must keep the optimizer that was asked for.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    return _merged(built, config.zero.deepspeed, "zero.deepspeed")
+
+
+def _merged(built: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(built)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(built.get(key), dict):
+            merged[key] = _merged(built[key], value, f"{where}.{key}")
+        elif key in built:
+            raise EngineError(f"{where}.{key} is decided by the other keys ({key}={built[key]!r}); leave it out")
+        else:
+            merged[key] = value
+    return merged
+
+
+def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that optimizer.kind names, over the trainable parameters."""
+    settings = config.optimizer
+    arguments = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.kind == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **arguments)
+    return torch.optim.AdamW(parameters, **arguments)
+
+
+def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumulation: int, world_size: int) -> Any:
+    """The DeepSpeed engine of the student's network."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=make_optimizer(config, [p for p in network.parameters() if p.requires_grad]),
+        config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation, world_size=world_size),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, full fp32 value) of every parameter, whatever the ZeRO stage; all ranks must iterate together."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        yield name, (parameter if full is None else full).detach()
+
+
+def grad_norm(engine: Any) -> float:
+    """Norm of the gradient of the last optimizer step, before clipping, over all ranks."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)

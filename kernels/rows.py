@@ -1,0 +1,349 @@
+"""What every Gaussian-policy operator shares: sums of squares over a sample's elements, and their gradient.
+
+For a batch of samples x with network outputs pred (and pred_uncond under guidance w), and per-sample scalars a, b, std:
+
+    f = pred_uncond + w (pred - pred_uncond)   (f = pred without guidance)
+    mean = a x + b f
+    spread_i = sum over the elements of (x_next - mean)^2,   gap_i = sum over the elements of (f - f_ref)^2
+
+Log-probs, divergences and the loss are functions of these two sums alone, so sampling and scoring share the code below,
+and a sample's log-prob has the same bits wherever it is computed. All arithmetic is fp32 and made of separately rounded
+additions and multiplications: results do not depend on which of them a compiler or a vector unit would fuse.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import launching_on, register
+
+# Rows are summed in chunks of this many elements, below torch's threshold for splitting one reduction over threads,
+# which would make the bits of a long row depend on the batch size.
+_CHUNK = 16384
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any tensor is float64 (torch reference only), else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def column(scalars: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Per-sample scalars (B,) shaped to broadcast over ``like`` (B, ...)."""
+    return scalars.to(dtype).view(-1, *(1,) * (like.dim() - 1))
+
+
+def guided(pred: Tensor, uncond: Tensor | None, guidance: float, dtype: torch.dtype) -> Tensor:
+    """The guided network output f, in ``dtype``; pred itself where there is nothing to do."""
+    f = pred.to(dtype)
+    if uncond is None:
+        return f
+    base = uncond.to(dtype)
+    return (f - base).mul_(guidance).add_(base)
+
+
+def mean_of(x: Tensor, f: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b f as a new tensor in the dtype of f."""
+    mean = x.to(f.dtype) * column(a, x, f.dtype)
+    return mean.add_(f * column(b, x, f.dtype))
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,), in logical order whatever the layout, with bits that do not depend on B."""
+    squares = values.square().flatten(1)
+    if squares.shape[1] <= _CHUNK:
+        return squares.sum(1)
+    return torch.stack([part.sum(1) for part in squares.split(_CHUNK, 1)], 1).sum(1)
+
+
+def in_layout(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` in the dtype and the dense layout that ``torch.empty_like(like)`` has; copied only if need be."""
+    result = torch.empty_like(like)
+    if values.dtype == result.dtype and _same_layout(values.shape, values.stride(), result.stride()):
+        return values
+    return result.copy_(values)
+
+
+def _same_layout(shape: torch.Size, strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    if strides == others:
+        return True
+    # the stride of a dimension of one element says nothing
+    return all(n == 1 or s == o for n, s, o in zip(shape, strides, others, strict=True))
+
+
+def backward_reference(
+    grad: Tensor,
+    spread_slope: Tensor | None,
+    gap_slope: Tensor | None,
+    x: Tensor | None,
+    x_next: Tensor | None,
+    pred: Tensor,
+    pred_uncond: Tensor | None,
+    pred_ref: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    guidance: float,
+    uncond_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of pred and pred_uncond: df = grad (spread_slope (x_next - mean) + gap_slope (f - f_ref))."""
+    dtype = compute_dtype(x, x_next, pred, pred_uncond, pred_ref)
+    f = guided(pred, pred_uncond, guidance, dtype)
+    df = None
+    if spread_slope is not None:
+        df = (x_next - mean_of(x, f, a, b)).mul_(column(grad * spread_slope, pred, dtype))
+    if gap_slope is not None:
+        gap = (f - pred_ref).mul_(column(grad * gap_slope, pred, dtype))
+        df = gap if df is None else df.add_(gap)
+    if pred_uncond is None:
+        return in_layout(df, pred), pred.new_empty(0)
+    uncond = in_layout(df * (1.0 - guidance), pred_uncond) if uncond_grad else pred.new_empty(0)
+    return in_layout(df.mul_(guidance), pred), uncond
+
+
+# ---- Triton
+
+
+def row_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides in which kernels read a batch: those of x when its samples are dense blocks, else contiguous ones."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return _contiguous(x)
+        expected *= size
+    return x.stride() if x.shape[0] == 1 or x.stride(0) == expected else _contiguous(x)
+
+
+def _contiguous(x: Tensor) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def arranged(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x`` itself when it has these strides, else one copy that has."""
+    if x.dtype == torch.float64:
+        raise TypeError("float64 is computed by the torch reference only; pass float32, or set ENGINE_KERNELS=torch")
+    if _same_layout(x.shape, x.stride(), strides):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def block_of(n: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for rows of n elements: 8 elements a thread, so that bf16 loads are 128 bits wide."""
+    block = max(128, min(2048, triton.next_power_of_2(n)))
+    return block, max(1, block // 256)
+
+
+def split_of(n: int) -> int:
+    """Programs a row. From n only, never from the batch or the GPU: so a row's sum has the same bits in any batch."""
+    block, _ = block_of(n)
+    return min(64, triton.next_power_of_2(triton.cdiv(n, block)))
+
+
+def row_sums(
+    x: Tensor | None,
+    x_next: Tensor | None,
+    pred: Tensor,
+    pred_uncond: Tensor | None,
+    pred_ref: Tensor | None,
+    noise: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    std: Tensor | None,
+    guidance: float,
+) -> tuple[Tensor, int]:
+    """Stage 1, one launch: partial sums (sums, B, SPLIT) of spread (with x) and gap (with pred_ref), and SPLIT.
+
+    With noise, x_next is written (in the layout of x, see ``arranged``) before it is scored.
+    """
+    like = pred if x is None else x
+    strides = row_strides(like)
+    rows, n = like.shape[0], like[0].numel()
+    block, warps = block_of(n)
+    split = split_of(n)
+    score, reference = x is not None, pred_ref is not None
+    tensors = [None if t is None else arranged(t, strides) for t in (x, x_next, pred, pred_uncond, pred_ref, noise)]
+    unused = tensors[2]
+    tensors = [unused if t is None else t for t in (*tensors, a, b, std)]
+    partial = torch.empty((score + reference, rows, split), dtype=torch.float32, device=like.device)
+    with launching_on(like):
+        _row_sums_kernel[(rows * split,)](
+            *tensors, partial, guidance, n, triton.cdiv(n, split * block),
+            SAMPLE=noise is not None, SCORE=score, GUIDED=pred_uncond is not None, REFERENCE=reference,
+            SPLIT=split, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return partial, split
+
+
+@triton.jit
+def row_totals(p_partial, i_row, m_row, SPLIT: tl.constexpr):
+    """Stage 2: the totals of the rows ``i_row`` from their partial sums (B, SPLIT), in a fixed order."""
+    p = p_partial + i_row[:, None] * SPLIT + tl.arange(SPLIT)[None, :]
+    return tl.sum(tl.load(p, mask=m_row[:, None], other=0.0), axis=1)
+
+
+@triton.jit
+def _load(p, mask):
+    # fp32 at once: sums of bf16 would accumulate in bf16
+    return tl.load(p, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_sums_kernel(
+    p_x,  # (B, n), like the five below
+    p_next,  # written if SAMPLE, else read
+    p_pred,
+    p_uncond,
+    p_ref,
+    p_noise,
+    p_a,  # (B,), like the two below
+    p_b,
+    p_std,
+    p_partial,  # (SCORE + REFERENCE, B, SPLIT) fp32
+    guidance,
+    n,
+    tiles,
+    SAMPLE: tl.constexpr,
+    SCORE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (row, split) sums the blocks split, split + SPLIT, ... of its row."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row = i_program // SPLIT
+    i_split = i_program % SPLIT
+    o_row = i_row * n
+    guidance = tl.cast(guidance, tl.float32)
+    if SCORE:
+        a = tl.load(p_a + i_row).to(tl.float32)
+        b = tl.load(p_b + i_row).to(tl.float32)
+        std = tl.load(p_std + i_row).to(tl.float32)
+    b_spread = tl.zeros([BLOCK], tl.float32)
+    b_gap = tl.zeros([BLOCK], tl.float32)
+    for i in range(tiles):
+        o = (i * SPLIT + i_split) * BLOCK + tl.arange(BLOCK)
+        m = o < n
+        o += o_row
+        b_f = _load(p_pred + o, m)
+        if GUIDED:
+            b_uncond = _load(p_uncond + o, m)
+            b_f = (b_f - b_uncond) * guidance + b_uncond
+        if SCORE:
+            b_mean = _load(p_x + o, m) * a + b_f * b
+            if SAMPLE:
+                b_next = (_load(p_noise + o, m) * std + b_mean).to(p_next.dtype.element_ty)
+                tl.store(p_next + o, b_next, mask=m)
+                b_next = b_next.to(tl.float32)
+            else:
+                b_next = _load(p_next + o, m)
+            b_spread += (b_next - b_mean) * (b_next - b_mean)
+        if REFERENCE:
+            b_difference = b_f - _load(p_ref + o, m)
+            b_gap += b_difference * b_difference
+    if SCORE:
+        tl.store(p_partial + i_program, tl.sum(b_spread))
+        p_partial += tl.num_programs(0)
+    if REFERENCE:
+        tl.store(p_partial + i_program, tl.sum(b_gap))
+
+
+def backward_kernels(
+    grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
+) -> tuple[Tensor, Tensor]:
+    """One launch, see ``backward_reference``."""
+    score, reference, is_guided = spread_slope is not None, gap_slope is not None, pred_uncond is not None
+    rows = pred.shape[0]
+    if rows == 0:
+        return backward_fake(
+            grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
+        )
+    strides = row_strides(pred)
+    n = pred[0].numel()
+    block, warps = block_of(n)
+    tiles = triton.cdiv(n, block)
+    # the gradient of a sum arrives expanded from one number, the gradient of the loss is one number
+    per_row = grad.dim() > 0 and grad.stride(0) != 0
+    d_pred = torch.empty_strided(pred.shape, strides, dtype=pred.dtype, device=pred.device)
+    d_uncond = pred.new_empty(0)
+    if is_guided and uncond_grad:
+        d_uncond = torch.empty_strided(pred.shape, strides, dtype=pred_uncond.dtype, device=pred.device)
+    inputs = [None if t is None else arranged(t, strides) for t in (x, x_next, pred, pred_uncond, pred_ref)]
+    inputs = [grad.contiguous() if per_row else grad, spread_slope, gap_slope, *inputs, a, b]
+    with launching_on(pred):
+        _backward_kernel[(rows * tiles,)](
+            *(pred if t is None else t for t in inputs), d_pred, d_uncond, guidance, n, tiles,
+            PER_ROW=per_row, SCORE=score, GUIDED=is_guided, REFERENCE=reference, UNCOND_GRAD=is_guided and uncond_grad,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return in_layout(d_pred, pred), in_layout(d_uncond, pred_uncond) if is_guided and uncond_grad else d_uncond
+
+
+@triton.jit
+def _backward_kernel(
+    p_grad,  # (B,) if PER_ROW, else ()
+    p_spread_slope,  # (B,) fp32
+    p_gap_slope,  # (B,) fp32
+    p_x,  # (B, n), like the four below
+    p_next,
+    p_pred,
+    p_uncond,
+    p_ref,
+    p_a,  # (B,)
+    p_b,  # (B,)
+    p_d_pred,  # (B, n)
+    p_d_uncond,  # (B, n)
+    guidance,
+    n,
+    tiles,
+    PER_ROW: tl.constexpr,
+    SCORE: tl.constexpr,
+    GUIDED: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    UNCOND_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """df = grad (spread_slope (x_next - mean) + gap_slope (f - f_ref)), one block of a row a program."""
+    i_program = tl.program_id(0).to(tl.int64)
+    i_row = i_program // tiles
+    o = (i_program % tiles) * BLOCK + tl.arange(BLOCK)
+    m = o < n
+    o += i_row * n
+    guidance = tl.cast(guidance, tl.float32)
+    grad = tl.load(p_grad + (i_row if PER_ROW else 0)).to(tl.float32)
+    b_f = _load(p_pred + o, m)
+    if GUIDED:
+        b_uncond = _load(p_uncond + o, m)
+        b_f = (b_f - b_uncond) * guidance + b_uncond
+    b_df = tl.zeros([BLOCK], tl.float32)
+    if SCORE:
+        b_mean = _load(p_x + o, m) * tl.load(p_a + i_row).to(tl.float32) + b_f * tl.load(p_b + i_row).to(tl.float32)
+        b_df += (_load(p_next + o, m) - b_mean) * (grad * tl.load(p_spread_slope + i_row))
+    if REFERENCE:
+        b_df += (b_f - _load(p_ref + o, m)) * (grad * tl.load(p_gap_slope + i_row))
+    if UNCOND_GRAD:
+        tl.store(p_d_uncond + o, (b_df * (1.0 - guidance)).to(p_d_uncond.dtype.element_ty), mask=m)
+    if GUIDED:
+        b_df *= guidance
+    tl.store(p_d_pred + o, b_df.to(p_d_pred.dtype.element_ty), mask=m)
+
+
+def backward_fake(
+    grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
+) -> tuple[Tensor, Tensor]:
+    has_uncond = pred_uncond is not None and uncond_grad
+    return torch.empty_like(pred), torch.empty_like(pred_uncond) if has_uncond else pred.new_empty(0)
+
+
+policy_backward = register(
+    "policy_backward(Tensor grad, Tensor? spread_slope, Tensor? gap_slope, Tensor? x, Tensor? x_next, Tensor pred, "
+    "Tensor? pred_uncond, Tensor? pred_ref, Tensor? a, Tensor? b, float guidance, bool uncond_grad) "
+    "-> (Tensor, Tensor)",
+    reference=backward_reference,
+    kernels=backward_kernels,
+    fake=backward_fake,
+)

@@ -1,0 +1,166 @@
+"""Rollouts: a student draws samples by its policy and records what the update will score again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels import policy_log_prob, policy_sample
+from engine.models.denoiser import Condition, Denoiser
+
+from .policies import GaussianPolicy
+
+
+@dataclass
+class Trajectory:
+    """The scored (sample, step) pairs of a rollout, and its final latents. N samples, S stochastic steps, P = S*N pairs.
+
+    Attributes:
+        latents: (P, C, H, W) fp32, x at each pair.
+        next_latents: (P, C, H, W) fp32, the x_next that was drawn, exactly as it was scored.
+        log_prob: (P,) fp32.
+        sample: (P,) int64, index of the pair's sample.
+        step: (P,) int64, index of the pair's policy step.
+        final: (N, C, H, W) fp32, latents after the last step.
+        passes: network evaluations of one latent that the rollout took.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    log_prob: Tensor
+    sample: Tensor
+    step: Tensor
+    final: Tensor
+    passes: int
+
+
+@torch.no_grad()
+def rollout(
+    denoiser: Denoiser,
+    policy: GaussianPolicy,
+    initial: Tensor,
+    condition: Condition,
+    *,
+    guidance: float = 1.0,
+    group_size: int = 1,
+    step_noise: Callable[[int], Tensor] | None = None,
+    batch_size: int | None = None,
+) -> Trajectory:
+    """Draw `group_size` samples per row by the policy.
+
+    Rows that are still equal are computed once: until the first stochastic step, the samples of a group that start from
+    the same noise are one row.
+
+    Args:
+        denoiser: the student (or, with a deterministic policy, the teacher).
+        policy: T steps; step i goes from timesteps[i] to the next.
+        initial: (M, C, H, W) initial latents; sample j of row m is sample m * group_size + j.
+        condition: tensors (M, ...).
+        guidance: of the student.
+        group_size: samples per row.
+        step_noise: maps a step index to standard normal noise (M * group_size, C, H, W); needed by stochastic steps.
+        batch_size: most latents in one forward pass; None: all.
+
+    Returns:
+        Trajectory of N = M * group_size samples.
+    """
+    x = initial.float()
+    records: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    passes, grouped = 0, group_size == 1
+    for i, stochastic in enumerate(policy.stochastic.tolist()):
+        if stochastic and not grouped:
+            x, condition, grouped = _repeat(x, condition, group_size)
+        passes += len(x) * denoiser.passes(guidance)
+        noise = step_noise(i).to(x.device) if stochastic else torch.zeros((), device=x.device).expand_as(x)
+        drawn = []
+        for rows in torch.arange(len(x), device=x.device).split(batch_size or len(x)):
+            pred, uncond = predict_step(denoiser, policy, x[rows], i, _take(condition, rows), guidance)
+            drawn.append(
+                policy_sample(
+                    x[rows], pred, *coefficients(policy, torch.full_like(rows, i)),
+                    pred_uncond=uncond, guidance=guidance, noise=noise[rows],
+                )
+            )  # fmt: skip
+        x_next = torch.cat([pair[0] for pair in drawn])
+        if stochastic:
+            records.append((x, x_next, torch.cat([pair[1] for pair in drawn]), i))
+        x = x_next
+    if not grouped:
+        x, condition, _ = _repeat(x, condition, group_size)
+    return _trajectory(records, x, passes)
+
+
+def predict_step(
+    denoiser: Denoiser, policy: GaussianPolicy, x: Tensor, step: int | Tensor, condition: Condition, guidance: float
+) -> tuple[Tensor, Tensor | None]:
+    """The prediction (and its unconditional half) at policy steps, the one call that rollout and update share.
+
+    Args:
+        step: a step index, or (B,) int64 indices.
+    """
+    timesteps = policy.timesteps.float() if policy.timesteps.is_floating_point() else policy.timesteps
+    step = torch.as_tensor(step, device=x.device).expand(len(x))
+    return denoiser.predict(x, timesteps.to(x.device)[step], condition, guidance=guidance)
+
+
+def coefficients(policy: GaussianPolicy, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, std) of policy steps (B,), each (B,) fp32 on the steps' device."""
+    table = torch.stack([policy.a, policy.b, policy.std]).float().to(step.device)
+    return tuple(table[:, step])
+
+
+@torch.no_grad()
+def first_pass_error(
+    denoiser: Denoiser,
+    policy: GaussianPolicy,
+    trajectory: Trajectory,
+    condition: Condition,
+    *,
+    guidance: float,
+    batch_size: int,
+) -> float:
+    """Largest |ratio - 1| when an unchanged student scores all pairs of a trajectory again, in batches of another size.
+
+    Args:
+        condition: of the samples, tensors (N, ...).
+    """
+    worst = 0.0
+    for pairs in torch.arange(len(trajectory.step), device=trajectory.step.device).split(batch_size):
+        step = trajectory.step[pairs]
+        x = trajectory.latents[pairs]
+        pred, uncond = predict_step(denoiser, policy, x, step, _take(condition, trajectory.sample[pairs]), guidance)
+        log_prob = policy_log_prob(
+            x, trajectory.next_latents[pairs], pred, *coefficients(policy, step), pred_uncond=uncond, guidance=guidance
+        )
+        error = (log_prob - trajectory.log_prob[pairs]).exp().sub(1).abs().max().item()
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def _take(condition: Condition, rows: Tensor) -> Condition:
+    return {name: value[rows] for name, value in condition.items()}
+
+
+def _repeat(x: Tensor, condition: Condition, times: int) -> tuple[Tensor, Condition, bool]:
+    repeated = {name: value.repeat_interleave(times, 0) for name, value in condition.items()}
+    return x.repeat_interleave(times, 0), repeated, True
+
+
+def _trajectory(records: list[tuple[Tensor, Tensor, Tensor, int]], final: Tensor, passes: int) -> Trajectory:
+    samples = torch.arange(len(final), device=final.device)
+    if not records:
+        none = final[:0]
+        return Trajectory(none, none, none.new_zeros(0), samples[:0], samples[:0], final, passes)
+    latents, next_latents, log_probs, steps = zip(*records, strict=True)
+    return Trajectory(
+        latents=torch.cat(latents),
+        next_latents=torch.cat(next_latents),
+        log_prob=torch.cat(log_probs),
+        sample=samples.repeat(len(records)),
+        step=torch.cat([torch.full_like(samples, i) for i in steps]),
+        final=final,
+        passes=passes,
+    )
