@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# DeepSpeed builds its extensions with the `ninja` that it finds on the path.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+# DeepSpeed builds its extensions with the `ninja` that it finds on the path. Not exported for all recipes: the one that
+# makes .venv must find the interpreter outside of it.
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: help train test lint format clean
 
@@ -21,10 +22,10 @@ help:
 	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.12)"
 
 train: $(STAMP)
-	$(BIN)/deepspeed engine/train.py $(ARGS)
+	$(IN_VENV) deepspeed engine/train.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(IN_VENV) python -m pytest $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

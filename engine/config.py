@@ -105,7 +105,9 @@ class Objective(Section):
     @model_validator(mode="after")
     def _order(self) -> Objective:
         if self.kl_kind in ("renyi", "power") and (self.kl_alpha is None or self.kl_alpha in (0.0, 1.0)):
-            raise ValueError(f"kl_alpha={self.kl_alpha} is not an order of the {self.kl_kind} divergence; set one other than 0 and 1")
+            raise ValueError(
+                f"kl_alpha={self.kl_alpha} is not an order of the {self.kl_kind} divergence; set one other than 0 and 1"
+            )
         return self
 
 
@@ -238,9 +240,7 @@ class Config(Section):
         return self.model_dump(mode="json")
 
 
-def load_config(
-    source: str | Path | Mapping[str, Any] | Config | None = None, overrides: Iterable[str] = ()
-) -> Config:
+def load_config(source: str | Path | Mapping[str, Any] | Config | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a configuration and apply dotted overrides.
 
     Args:
@@ -273,7 +273,9 @@ def _tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
-        raise EngineError(f"configuration file {path} does not exist; give a YAML file, such as those shipped: {shipped}")
+        raise EngineError(
+            f"configuration file {path} does not exist; give a YAML file, such as those shipped: {shipped}"
+        )
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

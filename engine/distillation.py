@@ -63,9 +63,7 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     weights = fingerprint(teacher)
     if origin is not None:
         state = checkpoint.read_state(origin)
-        checkpoint.check_compatible(
-            state, config, teacher=weights, world_size=ranks.world_size(), origin=origin
-        )
+        checkpoint.check_compatible(state, config, teacher=weights, world_size=ranks.world_size(), origin=origin)
     device = ranks.device()
     for network in (teacher.network, student.network):
         network.to(device)

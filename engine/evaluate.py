@@ -1,6 +1,6 @@
 """Evaluation on conditions that were never trained on, with encoders that are not the reward.
 
-    python -m engine.evaluate RUN [--steps 1,2,4,5,8] [--samples N] [--output FILE]
+python -m engine.evaluate RUN [--steps 1,2,4,5,8] [--samples N] [--output FILE]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.metrics import class_accuracy, frechet_distance, paired_cosine, prec
 from engine.models.denoiser import Denoiser
 from engine.models.digits import digits, load_evaluation_encoder
 from engine.run_directory import write_atomically
-from engine.sampling import make_policy, deterministic_policy, kinds_for, sample, to_images
+from engine.sampling import make_policy, sample, to_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Evaluator:
     def __init__(self, config: Config, teacher: Denoiser, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.teacher = teacher
         self.passes = 0
+        self._teacher = teacher
+        self._drawn: dict[tuple, Tensor] = {}
         self._pool = self._conditions(teacher, "evaluation")
         self._indices = torch.arange(self._pool.size)
         self._mine = self._indices[ranks.share(self._pool.size)]
         self._encode, self._real = self._judge(teacher)
-        self._target: Tensor | None = None
         self.shown_labels = (self._indices[: min(10, self._pool.size)] % teacher.classes).tolist()
 
     def row(self, denoiser: Denoiser, steps: int, *, guidance: float, eta: float = 0.0) -> Row:
@@ -69,7 +69,8 @@ class Evaluator:
         """
         images = self._draw(denoiser, self._pool, steps, guidance, eta)
         features, logits = self._encode(images)
-        target = self._teacher_features()
+        own = self.config.teacher
+        target, _ = self._encode(self._draw(self._teacher, self._pool, own.steps, own.guidance, 0.0))
         metrics = {
             "steps": steps,
             "eta": eta,
@@ -84,8 +85,10 @@ class Evaluator:
         return Row(metrics, images[: len(self.shown_labels)].cpu() * 2 - 1)
 
     def _draw(self, denoiser: Denoiser, pool: ConditionPool, steps: int, guidance: float, eta: float) -> Tensor:
-        kind = self.config.policy.kind if eta else kinds_for(denoiser)[0]
-        policy = make_policy(denoiser, kind, steps, eta)
+        what = (id(denoiser.network), pool, steps, guidance, eta)
+        if what in self._drawn:
+            return self._drawn[what]
+        policy = make_policy(denoiser, self.config.policy.kind, steps, eta)
         final, passes = sample(
             denoiser,
             policy,
@@ -96,13 +99,8 @@ class Evaluator:
             batch_size=self.config.rollout.batch_size,
         )
         self.passes += int(ranks.gather(torch.tensor([passes])).sum())
-        return ranks.gather(to_images(final))
-
-    def _teacher_features(self) -> Tensor:
-        if self._target is None:
-            teacher = self.config.teacher
-            self._target = self._encode(self._draw(self.teacher, self._pool, teacher.steps, teacher.guidance, 0.0))[0]
-        return self._target
+        self._drawn[what] = ranks.gather(to_images(final))
+        return self._drawn[what]
 
     def _conditions(self, teacher: Denoiser, split: str) -> ConditionPool:
         settings = self.config.evaluation

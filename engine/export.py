@@ -1,6 +1,6 @@
 """Take a student out of a run as a directory that stock diffusers loads.
 
-    python -m engine.export RUN OUTPUT [--checkpoint best | iteration-000080]
+python -m engine.export RUN OUTPUT [--checkpoint best | iteration-000080]
 """
 
 from __future__ import annotations

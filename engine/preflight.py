@@ -6,8 +6,6 @@ import importlib.metadata
 import importlib.util
 import platform
 
-import torch
-
 from engine import ranks
 from engine.config import Config
 from engine.errors import EngineError

@@ -29,7 +29,7 @@ from engine.models.denoiser import Condition, Denoiser
 from engine.rl import GaussianPolicy
 from engine.rl.advantages import RunningBaseline, grpo_advantage
 from engine.rl.losses import pair_loss, step_weights
-from engine.rl.rewards import CompositeReward
+from engine.rl.rewards import CompositeReward, RewardError
 from engine.rl.rollout import Trajectory, first_pass_error, rollout
 from engine.sampling import deterministic_policy, make_policy, sample, to_images
 from engine.teacher_cache import TeacherCache
@@ -140,11 +140,11 @@ class Trainer:
         condition = {name: value.to(self.device) for name, value in self.pool.condition(indices).items()}
         return Batch(slots, indices, condition)
 
-    def teacher_images(self, pool: ConditionPool, indices: Tensor) -> Tensor:
-        """Target images (M, C, H, W) in [0, 1], drawn once per condition."""
+    def teacher_images(self, pool: ConditionPool, indices: Tensor, *, account: str = "teacher") -> Tensor:
+        """Target images (M, C, H, W) in [0, 1], drawn once per condition; passes go to `account`."""
         before = self.targets.passes
         latents = self.targets.targets(pool, indices, self.device)
-        self.passes["teacher"] += self.targets.passes - before
+        self.passes[account] += self.targets.passes - before
         return to_images(latents)
 
     def roll_out(self, batch: Batch, policy: GaussianPolicy) -> Trajectory:
@@ -167,13 +167,14 @@ class Trainer:
         self.passes["student_forward"] += trajectory.passes
         return trajectory
 
-    def score(
-        self, trajectory: Trajectory, targets: Tensor, condition: Condition
-    ) -> tuple[Tensor, dict[str, float]]:
+    def score(self, trajectory: Trajectory, targets: Tensor, condition: Condition) -> tuple[Tensor, dict[str, float]]:
         """Rewards (samples of all ranks,) fp32 and their statistics."""
         size = self.config.rollout.group_size
-        with torch.no_grad():
-            total, terms = self.reward(to_images(trajectory.final), targets.repeat_interleave(size, 0), condition)
+        try:
+            with torch.no_grad():
+                total, terms = self.reward(to_images(trajectory.final), targets.repeat_interleave(size, 0), condition)
+        except RewardError as error:
+            raise EngineError(f"iteration {self.iteration + 1}: {error}") from None
         names = list(terms)
         table = ranks.gather(torch.stack([total, *(terms[name] for name in names)], dim=1).double())
         rewards = table[:, 0]
@@ -240,12 +241,12 @@ class Trainer:
                     self._refuse_non_finite("loss", result.loss)
                     # DeepSpeed divides by the accumulation steps; the last micro-batch may be smaller than the others.
                     self.engine.backward(result.loss * share * self.accumulation)
-                    self.engine.step()
+                    norm = zero.step(self.engine)
                     for name in ("loss", "clip_fraction", "kl"):
                         sums[f"loss/{name}"] += getattr(result, name).detach().float().mean().item() * share
                     self._count_update(len(pairs))
                 first_pass = False
-                norms.append(zero.grad_norm(self.engine))
+                norms.append(norm)
         steps = config.train.inner_epochs * config.train.updates
         metrics = {name: value / steps for name, value in sums.items()}
         metrics["grad_norm"] = sum(norms) / len(norms)
@@ -267,9 +268,7 @@ class Trainer:
         by_group = pairs.transpose(0, 1).reshape(groups, -1)
         order = [
             torch.randperm(by_group.shape[1], generator=torch.Generator().manual_seed(seed))
-            for seed in (
-                seed_of("shuffle", self.config.seed, self.iteration, epoch, int(slot)) for slot in batch.slots
-            )
+            for seed in (seed_of("shuffle", self.config.seed, self.iteration, epoch, int(slot)) for slot in batch.slots)
         ]
         shuffled = by_group.gather(1, torch.stack(order)).to(self.device)
         for minibatch in shuffled.chunk(self.config.train.updates, dim=1):
@@ -288,7 +287,7 @@ class Trainer:
         """The averaged student's eta = 0 reward on held-out conditions."""
         config, passes_before = self.config, self.passes.copy()
         indices = torch.arange(self.held_out.size)[ranks.share(self.held_out.size)]
-        targets = self.teacher_images(self.held_out, indices)
+        targets = self.teacher_images(self.held_out, indices, account="evaluation")
         final, passes = sample(
             self.averaged,
             deterministic_policy(self.averaged, config.student.steps),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from torch import Tensor, nn
 
 from engine.config import Config
@@ -97,7 +98,18 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, (parameter if full is None else full).detach()
 
 
-def grad_norm(engine: Any) -> float:
-    """Norm of the gradient of the last optimizer step, before clipping, over all ranks."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def step(engine: Any) -> float | None:
+    """Step the optimizer if the accumulation is complete.
+
+    Returns:
+        The norm of the gradient over all ranks before clipping, or None between optimizer steps.
+    """
+    due = engine.is_gradient_accumulation_boundary()
+    norm = None
+    if due and not isinstance(engine.optimizer, DeepSpeedOptimizer):
+        # Without ZeRO in fp32, DeepSpeed clips but does not tell the norm; the gradients are reduced already.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    if due and norm is None:
+        norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

@@ -180,7 +180,7 @@ def _score_fake(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count)
 
 # ---- Triton
 
-# Rows a program of stage 2, with one warp count: the loss must sum partials with the very layout that scoring has.
+# Rows a program of stage 2.
 ROWS = 32
 WARPS = 4
 _HALF_LOG_TWO_PI = tl.constexpr(HALF_LOG_TWO_PI)
@@ -236,9 +236,10 @@ def _score_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(ROWS)
+    i_row = tl.program_id(0) * ROWS
+    o = i_row + tl.arange(0, ROWS)
     m = o < rows
-    b_spread = row_totals(p_partial, o, m, SPLIT)
+    b_spread = row_totals(p_partial, i_row, rows, SPLIT, ROWS)
     b_b = tl.load(p_b + o, mask=m, other=0.0).to(tl.float32)
     b_std = tl.load(p_std + o, mask=m, other=0.0).to(tl.float32)
     b_log_prob, b_slope = log_prob_of(b_spread, b_b, b_std, tl.cast(scale, tl.float32), tl.cast(count, tl.float32))

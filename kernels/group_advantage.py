@@ -103,13 +103,13 @@ def _moments(p_rewards, start, count, BLOCK: tl.constexpr):
     pivot = tl.load(p_rewards + start).to(tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.cdiv(count, BLOCK)):
-        o = i * BLOCK + tl.arange(BLOCK)
+        o = i * BLOCK + tl.arange(0, BLOCK)
         b_reward = tl.load(p_rewards + start + o, mask=o < count, other=0.0).to(tl.float32)
         b_sum += tl.where(o < count, b_reward - pivot, 0.0)
     mean = tl.sum(b_sum) / count
     b_square = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.cdiv(count, BLOCK)):
-        o = i * BLOCK + tl.arange(BLOCK)
+        o = i * BLOCK + tl.arange(0, BLOCK)
         b_reward = tl.load(p_rewards + start + o, mask=o < count, other=0.0).to(tl.float32)
         b_deviation = tl.where(o < count, b_reward - pivot - mean, 0.0)
         b_square += b_deviation * b_deviation
@@ -138,7 +138,7 @@ def _advantage_kernel(
         divisor = divisor * 0.0 + 1.0
     divisor = tl.where(divisor == 0.0, 1.0, divisor)
     for i in range(tl.cdiv(group_size, BLOCK)):
-        o = i * BLOCK + tl.arange(BLOCK)
+        o = i * BLOCK + tl.arange(0, BLOCK)
         b_reward = tl.load(p_rewards + start + o, mask=o < group_size, other=0.0).to(tl.float32)
         b_advantage = (b_reward - pivot - mean) / divisor
         # comparisons let nan through, minimum and maximum would not

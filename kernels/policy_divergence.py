@@ -190,9 +190,10 @@ def _divergence_kernel(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(ROWS)
+    i_row = tl.program_id(0) * ROWS
+    o = i_row + tl.arange(0, ROWS)
     m = o < rows
-    b_gap = row_totals(p_partial, o, m, SPLIT)
+    b_gap = row_totals(p_partial, i_row, rows, SPLIT, ROWS)
     b_b = tl.load(p_b + o, mask=m, other=0.0).to(tl.float32)
     b_std = tl.load(p_std + o, mask=m, other=0.0).to(tl.float32)
     rate, factor, scale = tl.cast(rate, tl.float32), tl.cast(factor, tl.float32), tl.cast(scale, tl.float32)

@@ -240,7 +240,7 @@ def _loss_kernel(
     b_clipped = tl.zeros([ROWS], tl.float32)
     b_scored = tl.zeros([ROWS], tl.float32)
     for i in range(blocks):
-        o = i * ROWS + tl.arange(ROWS).to(tl.int64)
+        o = i * ROWS + tl.arange(0, ROWS)
         m = o < rows
         b_b = tl.load(p_b + o, mask=m, other=0.0).to(tl.float32)
         b_std = tl.load(p_std + o, mask=m, other=0.0).to(tl.float32)
@@ -248,7 +248,8 @@ def _loss_kernel(
         b_advantage = tl.load(p_advantage + o, mask=m, other=0.0).to(tl.float32)
         m_scored = b_std != 0.0
 
-        b_log_prob, b_score_slope = log_prob_of(row_totals(p_partial, o, m, SPLIT), b_b, b_std, scale, count)
+        b_spread = row_totals(p_partial, i * ROWS, rows, SPLIT, ROWS)
+        b_log_prob, b_score_slope = log_prob_of(b_spread, b_b, b_std, scale, count)
         b_log_ratio = tl.where(m_scored, b_log_prob - b_old, 0.0)
         m_cut = tl.abs(b_log_ratio) > _LOG_RATIO_LIMIT
         b_clamped = tl.where(m_cut, tl.where(b_log_ratio > 0.0, _LOG_RATIO_LIMIT, -_LOG_RATIO_LIMIT), b_log_ratio)
@@ -267,7 +268,7 @@ def _loss_kernel(
             b_spread_slope *= b_weight
         b_kl = tl.zeros([ROWS], tl.float32)
         if REFERENCE:
-            b_gap = row_totals(p_partial + rows * SPLIT, o, m, SPLIT)
+            b_gap = row_totals(p_partial + rows * SPLIT, i * ROWS, rows, SPLIT, ROWS)
             b_kl, b_gap_slope = divergence_of(b_gap, b_b, b_std, rate, factor, scale, EXPONENTIAL)
             b_term += b_kl * kl_coef
             b_gap_slope = b_gap_slope * kl_coef / rows

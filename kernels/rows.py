@@ -179,10 +179,23 @@ def row_sums(
 
 
 @triton.jit
-def row_totals(p_partial, i_row, m_row, SPLIT: tl.constexpr):
-    """Stage 2: the totals of the rows ``i_row`` from their partial sums (B, SPLIT), in a fixed order."""
-    p = p_partial + i_row[:, None] * SPLIT + tl.arange(SPLIT)[None, :]
-    return tl.sum(tl.load(p, mask=m_row[:, None], other=0.0), axis=1)
+def _sum_neighbours(x, SIZE: tl.constexpr):
+    """Sums of each SIZE (a power of two) neighbours of x, by a pairwise tree.
+
+    ``tl.sum`` adds in the order in which the compiler spread x over threads, and that depends on the dtypes that the
+    kernel loads: the same row could be summed differently in sampling and in the loss. The tree has one order.
+    """
+    if SIZE > 1:
+        left, right = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+        x = _sum_neighbours(left + right, SIZE // 2)
+    return x
+
+
+@triton.jit
+def row_totals(p_partial, i_row, rows, SPLIT: tl.constexpr, ROWS: tl.constexpr):
+    """Stage 2: the totals (ROWS,) of the rows from ``i_row`` on, from the partial sums (B, SPLIT) of all ``rows``."""
+    o = tl.cast(i_row, tl.int64) * SPLIT + tl.arange(0, ROWS * SPLIT)
+    return _sum_neighbours(tl.load(p_partial + o, mask=o < rows * SPLIT, other=0.0), SPLIT)
 
 
 @triton.jit
@@ -226,7 +239,7 @@ def _row_sums_kernel(
     b_spread = tl.zeros([BLOCK], tl.float32)
     b_gap = tl.zeros([BLOCK], tl.float32)
     for i in range(tiles):
-        o = (i * SPLIT + i_split) * BLOCK + tl.arange(BLOCK)
+        o = (i * SPLIT + i_split) * BLOCK + tl.arange(0, BLOCK)
         m = o < n
         o += o_row
         b_f = _load(p_pred + o, m)
@@ -245,11 +258,12 @@ def _row_sums_kernel(
         if REFERENCE:
             b_difference = b_f - _load(p_ref + o, m)
             b_gap += b_difference * b_difference
+    o_partial = i_program + tl.arange(0, 1)
     if SCORE:
-        tl.store(p_partial + i_program, tl.sum(b_spread))
-        p_partial += tl.num_programs(0)
+        tl.store(p_partial + o_partial, _sum_neighbours(b_spread, BLOCK))
+        o_partial += tl.num_programs(0)
     if REFERENCE:
-        tl.store(p_partial + i_program, tl.sum(b_gap))
+        tl.store(p_partial + o_partial, _sum_neighbours(b_gap, BLOCK))
 
 
 def backward_kernels(
@@ -310,7 +324,7 @@ def _backward_kernel(
     """df = grad (spread_slope (x_next - mean) + gap_slope (f - f_ref)), one block of a row a program."""
     i_program = tl.program_id(0).to(tl.int64)
     i_row = i_program // tiles
-    o = (i_program % tiles) * BLOCK + tl.arange(BLOCK)
+    o = (i_program % tiles) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
     o += i_row * n
     guidance = tl.cast(guidance, tl.float32)
