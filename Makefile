@@ -25,7 +25,7 @@ train: $(STAMP)
 	$(IN_VENV) deepspeed engine/train.py $(ARGS)
 
 test: lint
-	$(IN_VENV) python -m pytest $(ARGS)
+	$(IN_VENV) pytest $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
