@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from engine.errors import EngineError
 
 NAME = "iteration-{:06d}"
 BEST = "best"
-UNFINISHED = ".unfinished-"
+UNFINISHED, FORMER = ".unfinished-", ".former-"
 
 
 def write(folder: Path, iteration: int, keep: int, fill: Callable[[Path], None]) -> Path:
@@ -33,7 +32,7 @@ def write(folder: Path, iteration: int, keep: int, fill: Callable[[Path], None])
         fill: called on every rank with the folder to write into.
     """
     final = folder / NAME.format(iteration)
-    _replace(final, fill)
+    replace(final, fill)
     if ranks.is_first():
         for old in existing(folder)[:-keep]:
             shutil.rmtree(old)
@@ -41,9 +40,43 @@ def write(folder: Path, iteration: int, keep: int, fill: Callable[[Path], None])
     return final
 
 
-def write_best(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write the best student so far, in place of the one before; called on every rank."""
-    _replace(folder / BEST, fill)
+def write_best(folder: Path, best: dict[str, float], fill: Callable[[Path], None]) -> None:
+    """Write the best student so far, in place of the one before; called on every rank.
+
+    Args:
+        best: its iteration and reward, written beside it.
+        fill: as in `write`.
+    """
+
+    def fill_and_describe(path: Path) -> None:
+        fill(path)
+        if ranks.is_first():
+            (path / "best.json").write_text(json.dumps(best))
+
+    replace(folder / BEST, fill_and_describe)
+
+
+def carry_best(origin: Path, folder: Path, best: dict[str, float]) -> bool:
+    """Keep the best student of a run that is resumed, maybe into another folder; called on every rank.
+
+    Args:
+        origin: `checkpoints` of the run that is resumed.
+        folder: `checkpoints` of the run that resumes it.
+        best: what the resumed checkpoint says of the best student.
+
+    Returns:
+        Whether it still exists: a run that was killed after its checkpoint may have written a later one over it.
+    """
+    described = origin / BEST / "best.json"
+    exists = described.is_file() and json.loads(described.read_text()) == best
+
+    def copy(path: Path) -> None:
+        if ranks.is_first():
+            shutil.copytree(origin / BEST, path, dirs_exist_ok=True)
+
+    if exists and origin.resolve() != folder.resolve():
+        replace(folder / BEST, copy)
+    return exists
 
 
 def existing(folder: Path) -> list[Path]:
@@ -55,12 +88,12 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path)
-    former = folder / f".former-{BEST}"
-    if former.is_dir():
-        if (folder / BEST).is_dir():
+    for former in folder.glob(f"{FORMER}*"):
+        final = folder / former.name.removeprefix(FORMER)
+        if final.is_dir():
             shutil.rmtree(former)
         else:
-            former.rename(folder / BEST)
+            former.rename(final)
 
 
 def locate(resume: str, output_dir: Path | None) -> Path | None:
@@ -86,12 +119,20 @@ def locate(resume: str, output_dir: Path | None) -> Path | None:
     return found[-1]
 
 
+STATE = {"iteration", "config", "teacher", "world_size", "best", "worst_ratio_error", "passes", "seconds"}
+"""Keys of `trainer.json`."""
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a checkpoint."""
     try:
-        return json.loads((checkpoint / "trainer.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise EngineError(f"checkpoint {checkpoint} cannot be read: {error}") from None
+        state = json.loads((checkpoint / "trainer.json").read_text())
+        missing = STATE - set(state)
+    except (OSError, ValueError, TypeError) as error:
+        raise EngineError(f"checkpoint {checkpoint} cannot be read: {error}; resume from another") from None
+    if missing:
+        raise EngineError(f"checkpoint {checkpoint} has no {', '.join(sorted(missing))}; resume from another")
+    return state
 
 
 # What a resumed run may change: where it writes, how long it goes on, how often it looks.
@@ -105,12 +146,7 @@ def check_compatible(state: dict[str, Any], config: Config, *, teacher: str, wor
     Raises:
         EngineError: names every key that differs, with both values.
     """
-    before, now = _flat(state["config"]), _flat(config.as_dict())
-    differing = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-    ]
+    differing = differences(state["config"], config)
     if state["teacher"] != teacher:
         differing.append("the teacher's weights have changed")
     if state["world_size"] != world_size:
@@ -118,7 +154,19 @@ def check_compatible(state: dict[str, Any], config: Config, *, teacher: str, wor
     if state["iteration"] > config.iterations:
         differing.append(f"it is at iteration {state['iteration']}, beyond iterations={config.iterations}")
     if differing:
-        raise EngineError(f"cannot resume from {origin}: {'; '.join(differing)}")
+        raise EngineError(
+            f"cannot resume from {origin}: {'; '.join(differing)}. Ask for the run as it was, or start a new one"
+        )
+
+
+def differences(before: dict[str, Any], config: Config) -> list[str]:
+    """The keys, with both values, that make another experiment of a configuration."""
+    then, now = _flat(before), _flat(config.as_dict())
+    return [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,7 +179,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _replace(final: Path, fill: Callable[[Path], None]) -> None:
+def replace(final: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all, in place of the one before; called on every rank."""
     unfinished = final.with_name(f"{UNFINISHED}{final.name}")
     if ranks.is_first():
         if unfinished.exists():
@@ -142,8 +191,10 @@ def _replace(final: Path, fill: Callable[[Path], None]) -> None:
     ranks.barrier()
     if ranks.is_first():
         _flush(unfinished)
-        former = final.with_name(f".former-{final.name}")
+        former = final.with_name(f"{FORMER}{final.name}")
         if final.exists():
+            if former.exists():
+                shutil.rmtree(former)
             final.rename(former)
         unfinished.rename(final)
         _flush_folder(final.parent)
@@ -168,8 +219,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """The iteration in a checkpoint's name."""
-    return int(re.fullmatch(r"iteration-(\d+)", checkpoint.name).group(1))

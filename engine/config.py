@@ -8,7 +8,7 @@ anything is written (`engine.preflight`).
 from __future__ import annotations
 
 import difflib
-import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,14 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number: YAML 1.1 wants a dot in it."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 class Section(BaseModel):
@@ -42,6 +50,7 @@ class Teacher(Section):
 
 class Student(Section):
     steps: Positive = 5
+    """Steps of the student: what it is distilled to, in training and evaluation alike."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Guidance weight in rollout, update and evaluation alike."""
     init: str = "teacher"
@@ -50,6 +59,8 @@ class Student(Section):
 
 class Policy(Section):
     kind: Literal["ddim", "flow_sde", "dance_sde", "cps", "edm_ancestral"] = "ddim"
+    """Sampler whose noise is trained on: "ddim" for diffusion teachers; "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO)
+    or "cps" for flow matching."""
     eta: Annotated[float, Field(gt=0)] = 0.3
     """Noise of the sampler during training: DDIM's eta, the SDE's noise level. Evaluation is at 0."""
     window: Positive | None = None
@@ -85,6 +96,7 @@ class Advantage(Section):
     scale: Literal["group_std", "global_std", "none"] = "group_std"
     """What a reward's deviation is divided by; "none" with objective.kind=grpo is Dr.GRPO."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
+    """Largest magnitude of an advantage; None: as it is."""
 
 
 class Objective(Section):
@@ -95,6 +107,7 @@ class Objective(Section):
     kl_coef: Weight = 0.0
     """Weight of the divergence from the frozen initial student; 0 leaves its forward pass out."""
     kl_kind: Literal["kl", "renyi", "chi2", "power"] = "kl"
+    """Divergence whose weight is kl_coef."""
     kl_alpha: float | None = None
     """Order of the renyi and power divergences."""
     step_weights: Literal["none", "std"] = "none"
@@ -106,7 +119,8 @@ class Objective(Section):
     def _order(self) -> Objective:
         if self.kl_kind in ("renyi", "power") and (self.kl_alpha is None or self.kl_alpha in (0.0, 1.0)):
             raise ValueError(
-                f"kl_alpha={self.kl_alpha} is not an order of the {self.kl_kind} divergence; set one other than 0 and 1"
+                f"objective.kl_alpha={self.kl_alpha} is not an order of objective.kl_kind={self.kl_kind}; "
+                "set one other than 0 and 1"
             )
         return self
 
@@ -115,10 +129,15 @@ class Optimizer(Section):
     kind: Literal["adamw", "adamw8bit"] = "adamw"
     """"adamw" (torch) or "adamw8bit" (bitsandbytes, 8-bit states)."""
     lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Learning rate at the start."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second mean."""
     weight_decay: Weight = 0.0
+    """Decoupled from the gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm, over all parameters and ranks."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How lr goes from its value to lr * final_lr over the iterations."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -146,6 +165,7 @@ class Train(Section):
 
 class Zero(Section):
     stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed partitions over ranks: 1 optimizer states, 2 gradients too, 3 parameters too; 0: nothing."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Keep optimizer states (stage 1-3), or parameters too (stage 3), in CPU memory."""
     deepspeed: dict[str, Any] = {}
@@ -155,7 +175,7 @@ class Zero(Section):
     def _offload_needs_partitions(self) -> Zero:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.stage < least:
-            raise ValueError(f"offload={self.offload} needs stage >= {least}, got stage={self.stage}")
+            raise ValueError(f"zero.offload={self.offload} needs zero.stage >= {least}, got zero.stage={self.stage}")
         return self
 
 
@@ -173,7 +193,9 @@ class Evaluation(Section):
     @classmethod
     def _enough_for_a_covariance(cls, samples: int) -> int:
         if samples < 100:
-            raise ValueError(f"samples={samples} cannot estimate a Frechet distance of 64 features; give at least 100")
+            raise ValueError(
+                f"evaluation.samples={samples} cannot estimate a Frechet distance of 64 features; give at least 100"
+            )
         return samples
 
 
@@ -186,6 +208,7 @@ class Checkpoint(Section):
 
 class Logging(Section):
     tensorboard: bool = True
+    """Write `tensorboard/` in the run directory."""
     wandb: bool = False
     """Also log to Weights & Biases; needs the extra `wandb`."""
 
@@ -196,8 +219,11 @@ class Config(Section):
     output_dir: str | None = None
     """Run directory; must not hold a run yet, unless it is resumed. None: a new folder below `runs/`."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the training conditions, their noise and the order of updates."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the student in rollout and update; the optimizer keeps fp32 weights."""
     iterations: Positive = 80
+    """Rollouts to train on; a resumed run goes on up to this number."""
     resume: str = "none"
     """"none", "auto" (the newest checkpoint in output_dir, if there is one) or the path of a run or a checkpoint."""
     teacher: Teacher = Teacher()
@@ -257,7 +283,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config | None = None, o
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise EngineError("; ".join(_explain(item) for item in error.errors())) from None
+        raise EngineError(_explain(error.errors(), tree)) from None
 
 
 def valid_keys() -> list[str]:
@@ -269,7 +295,7 @@ def _tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
     if isinstance(source, Config):
         return source.as_dict()
     if isinstance(source, Mapping):
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+        return _copy(source)
     path = Path(source)
     if not path.is_file():
         shipped = ", ".join(sorted(file.name for file in CONFIGS.glob("*.yaml")))
@@ -277,7 +303,7 @@ def _tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
             f"configuration file {path} does not exist; give a YAML file, such as those shipped: {shipped}"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EngineError(f"configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -287,16 +313,18 @@ def _tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
     return tree
 
 
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise EngineError(f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise EngineError(f"the value of override {override!r} is not YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
     *sections, name = key.split(".")
     _known(key)
     for section in sections:
@@ -305,15 +333,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise EngineError(f"{section}={below!r} is not a section, so {key} cannot be set in it")
         tree = below
     tree[name] = value
-
-
-def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-5 (no dot) as a string.
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    return value if math.isfinite(value) else text
 
 
 def _keys(model: type[BaseModel], prefix: str) -> Iterable[str]:
@@ -343,12 +362,23 @@ def _reject_unknown(tree: Mapping[str, Any], prefix: str = "") -> None:
             _reject_unknown(value, f"{key}.")
 
 
-def _explain(error: Mapping[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"] if part in _NAMES or not isinstance(part, str))
-    message = error["msg"].removeprefix("Value error, ")
-    if not key or error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}={error['input']!r} is not allowed: {message[0].lower()}{message[1:]}"
-
-
-_NAMES = {part for key in valid_keys() for part in key.split(".")} | {"feature", "class_log_prob", "pixel"}
+def _explain(errors: Iterable[Mapping[str, Any]], tree: Mapping[str, Any]) -> str:
+    by_key: dict[str, list[str]] = {}
+    for error in errors:
+        if error["type"] == "value_error":
+            by_key[error["msg"].removeprefix("Value error, ")] = []
+            continue
+        # What follows the key in `loc` are the places in a list, and pydantic's names for the members of a union.
+        key, value = "", tree
+        for part in error["loc"]:
+            if not isinstance(value, Mapping) or part not in value:
+                break
+            key, value = f"{key}.{part}" if key else str(part), value[part]
+        message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+        if error["type"] == "model_type":
+            message = f"a section of keys is needed, such as {next(k for k in valid_keys() if k.startswith(f'{key}.'))}"
+        place = error["loc"][-1]
+        if isinstance(place, int):
+            message = f"its item {place}: {message}"
+        by_key.setdefault(f"{key}={value!r} is not allowed: ", []).append(message)
+    return "; ".join(start + ", or ".join(messages) for start, messages in by_key.items())

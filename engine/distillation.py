@@ -78,6 +78,9 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
         )
         checkpoint.remove_unfinished(folder / "checkpoints")
         print(f"run directory: {folder}", flush=True)
+    ranks.barrier()
+    if origin is not None and not checkpoint.carry_best(origin.parent, folder / "checkpoints", trainer.best):
+        trainer.forget_best()
     trainer.seconds["total"] += time.perf_counter() - started
     _train(trainer, run, folder, teacher_dir, weights)
     summary = _finish(trainer, run, folder, teacher_dir, teacher)
@@ -111,7 +114,9 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir
                 row |= trainer.evaluate_held_out()
                 if row["reward/held_out_eta0"] > trainer.best["reward"]:
                     trainer.best = {"iteration": trainer.iteration, "reward": row["reward/held_out_eta0"]}
-                    checkpoint.write_best(checkpoints, lambda path: _export(trainer, path / "student", teacher_dir))
+                    checkpoint.write_best(
+                        checkpoints, trainer.best, lambda path: _export(trainer, path / "student", teacher_dir)
+                    )
             if run is not None:
                 run.log(row)
             progress.set_postfix(
@@ -152,7 +157,7 @@ def _finish(
         "evaluation_seed": config.evaluation.seed,
         "seed": config.seed,
         "iterations": trainer.iteration,
-        "best": trainer.best,
+        "best": trainer.best if trainer.best["iteration"] else None,
         "ratio_first_pass_error": trainer.worst_ratio_error,
         "passes": {**trainer.passes, "final_evaluation": evaluator.passes},
         "seconds": seconds,
@@ -160,12 +165,10 @@ def _finish(
         "threads_per_rank": torch.get_num_threads(),
         "versions": preflight.versions(),
     }
+    checkpoint.replace(folder / "student", lambda path: _export(trainer, path, teacher_dir))
     if run is None:
         ranks.barrier()
         return None
-    student = folder / "student"
-    if not student.exists():
-        _export(trainer, student, teacher_dir)
     report.write_samples(
         folder / "samples.png",
         {

@@ -38,7 +38,7 @@ def export(run: Path, output: Path, which: str | None = None) -> None:
     names = [path.name for path in existing(checkpoints)] + (["best"] if (checkpoints / "best").is_dir() else [])
     name = which or next((name for name in reversed(names) if name != "best"), None)
     if name not in names:
-        raise EngineError(f"{run} has no checkpoint {name}; it has: {', '.join(names) or 'none'}")
+        raise EngineError(f"{run} has no checkpoint {name or 'yet'}; it has: {', '.join(names) or 'none'}")
     if name == "best":
         shutil.copytree(checkpoints / "best" / "student", output)
         return

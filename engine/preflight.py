@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 
 from engine import ranks
 from engine.config import Config
@@ -12,7 +13,7 @@ from engine.errors import EngineError
 from engine.models.denoiser import Denoiser
 from engine.models.digits import load_reward_encoder
 from engine.rl.rewards import CompositeReward, RewardError, composite_reward
-from engine.sampling import make_policy
+from engine.sampling import deterministic_policy, make_policy
 
 DIGIT_SHAPE, DIGIT_CLASSES = (1, 8, 8), 10
 
@@ -25,6 +26,7 @@ def check(config: Config, teacher: Denoiser, student: Denoiser, world_size: int)
     """
     _machine(config)
     _networks(config, teacher, student)
+    _schedules(config, teacher, student)
     _sizes(config, student, world_size)
     if config.prompts.path is not None:
         raise EngineError(f"prompts.path={config.prompts.path}: the teacher is conditioned on classes, not on text")
@@ -53,6 +55,9 @@ def _machine(config: Config) -> None:
         raise EngineError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise EngineError("logging.wandb=true, but wandb is not installed; pip install redif-engine[wandb]")
+    cache = config.teacher.cache
+    if cache is not None and Path(cache).exists() and not Path(cache).is_dir():
+        raise EngineError(f"teacher.cache={cache} is a file; give a folder, new or of earlier runs")
 
 
 def _networks(config: Config, teacher: Denoiser, student: Denoiser) -> None:
@@ -69,6 +74,26 @@ def _networks(config: Config, teacher: Denoiser, student: Denoiser) -> None:
         )
 
 
+def _schedules(config: Config, teacher: Denoiser, student: Denoiser) -> None:
+    policies = []
+    for key, denoiser, steps in (
+        ("teacher.steps", teacher, config.teacher.steps),
+        ("student.steps", teacher, config.student.steps),
+        ("student.init", student, config.student.steps),
+    ):
+        try:
+            policies.append(deterministic_policy(denoiser, steps))
+        except EngineError as error:
+            given = config.student.init if key == "student.init" else steps
+            raise EngineError(f"{key}={given}: {error}") from None
+    own, teachers = ([p.timesteps.tolist(), p.a.tolist(), p.b.tolist()] for p in (policies[2], policies[1]))
+    if own != teachers:
+        raise EngineError(
+            f"student.init={config.student.init} has another noise schedule or prediction type than the teacher; "
+            "a student is sampled and exported with its teacher's"
+        )
+
+
 def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
     rollout, train = config.rollout, config.train
     if rollout.conditions % world_size:
@@ -76,7 +101,10 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
             f"rollout.conditions={rollout.conditions} is not a multiple of the {world_size} ranks; "
             "whole groups stay on one rank"
         )
-    policy = make_policy(student, config.policy.kind, config.student.steps, config.policy.eta)
+    try:
+        policy = make_policy(student, config.policy.kind, config.student.steps, config.policy.eta)
+    except EngineError as error:
+        raise EngineError(f"policy.kind={config.policy.kind} policy.eta={config.policy.eta:g}: {error}") from None
     stochastic = int(policy.stochastic.sum())
     if stochastic == 0:
         raise EngineError(

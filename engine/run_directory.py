@@ -11,34 +11,55 @@ from typing import Any
 
 import yaml
 
-from engine.config import Config
+from engine import checkpoint
+from engine.config import Config, load_config
 from engine.errors import EngineError
 
 RUNS = Path("runs")
 
 
-def resolve(config: Config, checkpoint: Path | None) -> Path:
+def resolve(config: Config, origin: Path | None) -> Path:
     """Where a run writes: output_dir, the run that is resumed, or a new folder below `runs/`.
 
+    Args:
+        origin: the checkpoint that is resumed, or None.
+
     Raises:
-        EngineError: when output_dir exists, is not empty and is not the run that is resumed.
+        EngineError: when output_dir exists, is not empty and is not the run that is resumed, from its end.
     """
     resumed = None
-    if checkpoint is not None and checkpoint.parent.name == "checkpoints":
-        resumed = checkpoint.parent.parent
-    if config.output_dir is None:
-        if resumed is not None:
-            return resumed
+    if origin is not None and origin.parent.name == "checkpoints":
+        resumed = origin.parent.parent
+    if config.output_dir is not None:
+        folder = Path(config.output_dir)
+    elif resumed is not None:
+        folder = resumed
+    else:
         return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.objective.kind}-seed{config.seed}-{os.getpid()}"
-    folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise EngineError(f"output_dir={folder} is a file; give a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and (resumed is None or folder.resolve() != resumed.resolve()):
-        raise EngineError(
-            f"output_dir={folder} is not empty and is never overwritten; "
-            "give a new folder, or resume=auto to go on with its run"
-        )
-    return folder
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder
+    if resumed is not None and folder.resolve() == resumed.resolve():
+        newest = checkpoint.existing(origin.parent)[-1]
+        if origin.resolve() != newest.resolve():
+            raise EngineError(
+                f"resume={origin} is not the newest checkpoint of output_dir={folder}, and what came after it is never "
+                f"overwritten; give a new output_dir, or resume from {newest}"
+            )
+        return folder
+    if config.resume == "auto" and (folder / "config.yaml").is_file():
+        differing = checkpoint.differences(load_config(folder / "config.yaml").as_dict(), config)
+        if differing:
+            raise EngineError(
+                f"output_dir={folder} holds the beginning of another run: {'; '.join(differing)}. "
+                "Ask for the run as it was, or give a new folder"
+            )
+        return folder  # killed before its first checkpoint: the same run again, from the start
+    raise EngineError(
+        f"output_dir={folder} is not empty and is never overwritten; "
+        "give a new folder, or resume=auto to go on with its run"
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -59,7 +80,12 @@ class RunDirectory:
     """
 
     def __init__(self, folder: Path, config: Config, *, iteration: int = 0, origin: Path | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"output_dir={folder} cannot be made: {error.strerror}; give a folder that can be written"
+            ) from None
         self.folder = folder
         write_atomically(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         earlier = read_metrics((origin or folder) / "metrics.jsonl") if iteration else []
@@ -69,7 +95,7 @@ class RunDirectory:
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=iteration + 1 if iteration else None)
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=iteration + 1)
         if config.logging.wandb:
             import wandb
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.conditions import ConditionPool, noise, seed_of
 from engine.errors import EngineError
 from engine.models.denoiser import Denoiser
-from engine.models.schedules import DiffusionSchedule
+from engine.models.schedules import DiffusionSchedule, Schedule
 from engine.rl import GaussianPolicy, cps_policy, dance_sde_policy, ddim_policy, flow_sde_policy
 from engine.rl.rollout import rollout
 
@@ -31,15 +31,28 @@ def make_policy(
         stochastic_steps: indices of the steps that keep their noise; None: all.
 
     Raises:
-        EngineError: for a kind that does not fit, naming those that do.
+        EngineError: for a kind that does not fit, naming those that do, and for steps or noise that it cannot have.
     """
     fitting = kinds_for(denoiser)
     if kind not in fitting:
         raise EngineError(
-            f"policy.kind={kind} does not fit a teacher with a {type(denoiser.schedule).__name__}; "
+            f"{kind} does not fit a teacher with a {type(denoiser.schedule).__name__}; "
             f"fitting kinds: {', '.join(fitting)}"
         )
-    schedule = denoiser.schedule
+    try:
+        return _policy(denoiser.schedule, kind, steps, eta, stochastic_steps)
+    except ValueError as error:
+        raise EngineError(str(error)) from None
+
+
+def kinds_for(denoiser: Denoiser) -> tuple[str, ...]:
+    """The policy kinds that fit a denoiser's schedule."""
+    return DIFFUSION_KINDS if isinstance(denoiser.schedule, DiffusionSchedule) else FLOW_KINDS
+
+
+def _policy(
+    schedule: Schedule, kind: str, steps: int, eta: float, stochastic_steps: Sequence[int] | None
+) -> GaussianPolicy:
     if kind == "ddim":
         return ddim_policy(
             schedule.alphas_cumprod,
@@ -55,11 +68,6 @@ def make_policy(
     if kind == "dance_sde":
         return dance_sde_policy(sigmas, eta=eta, stochastic_steps=stochastic_steps)
     return cps_policy(sigmas, noise_level=eta, stochastic_steps=stochastic_steps)
-
-
-def kinds_for(denoiser: Denoiser) -> tuple[str, ...]:
-    """The policy kinds that fit a denoiser's schedule."""
-    return DIFFUSION_KINDS if isinstance(denoiser.schedule, DiffusionSchedule) else FLOW_KINDS
 
 
 def deterministic_policy(denoiser: Denoiser, steps: int) -> GaussianPolicy:

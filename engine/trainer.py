@@ -37,6 +37,7 @@ from engine.teacher_cache import TeacherCache
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
 PASSES = ("teacher", "student_forward", "student_backward", "reference", "evaluation")
 """Network evaluations of one latent, by role: what a run costs on any machine."""
+_ADVICE = "nothing was updated with it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -84,6 +85,7 @@ class Trainer:
             "held_out", config.evaluation.seed, config.evaluation.held_out, teacher.classes, teacher.latent_shape
         )
         self.policies = self._policies(student)
+        self.step_weights = step_weights(self._policy(student), config.objective.step_weights)
         self.reference = None
         if config.objective.kl_coef:
             frozen = copy.deepcopy(student.network).requires_grad_(False).to(DTYPES[config.precision])
@@ -100,7 +102,7 @@ class Trainer:
         self.baseline = RunningBaseline(config.rollout.pool, decay=config.objective.baseline_decay)
         self.iteration = 0
         self.worst_ratio_error = 0.0
-        self.best: dict[str, float] = {"iteration": 0, "reward": -math.inf}
+        self.forget_best()
         self.passes: Counter[str] = Counter(dict.fromkeys(PASSES, 0))
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -174,7 +176,7 @@ class Trainer:
             with torch.no_grad():
                 total, terms = self.reward(to_images(trajectory.final), targets.repeat_interleave(size, 0), condition)
         except RewardError as error:
-            raise EngineError(f"iteration {self.iteration + 1}: {error}") from None
+            raise EngineError(f"iteration {self.iteration + 1}: {error}; {_ADVICE}") from None
         names = list(terms)
         table = ranks.gather(torch.stack([total, *(terms[name] for name in names)], dim=1).double())
         rewards = table[:, 0]
@@ -212,7 +214,6 @@ class Trainer:
     ) -> dict[str, float]:
         """Inner epochs over the shuffled pairs; every minibatch holds as many pairs of each group."""
         config = self.config
-        weights = step_weights(policy, config.objective.step_weights)
         self._set_learning_rate()
         sums: defaultdict[str, float] = defaultdict(float)
         first_pass, first_error, norms = True, 0.0, []
@@ -232,7 +233,7 @@ class Trainer:
                         kl_coef=config.objective.kl_coef,
                         kl_kind=config.objective.kl_kind,
                         kl_alpha=config.objective.kl_alpha,
-                        weights=weights,
+                        weights=self.step_weights,
                     )
                     share = len(pairs) / len(minibatch)
                     if first_pass:
@@ -299,10 +300,17 @@ class Trainer:
         )
         self.passes["evaluation"] += passes
         condition = {name: value.to(self.device) for name, value in self.held_out.condition(indices).items()}
-        with torch.no_grad():
-            total, _ = self.reward(to_images(final), targets, condition)
+        try:
+            with torch.no_grad():
+                total, _ = self.reward(to_images(final), targets, condition)
+        except RewardError as error:
+            raise EngineError(f"iteration {self.iteration}, on held-out conditions: {error}; {_ADVICE}") from None
         self.passes = self._total(self.passes - passes_before) + passes_before
         return {"reward/held_out_eta0": ranks.gather(total.double()).mean().item()}
+
+    def forget_best(self) -> None:
+        """No iteration is the best one so far."""
+        self.best: dict[str, float] = {"iteration": 0, "reward": -math.inf}
 
     def save(self, folder: Path, teacher_fingerprint: str) -> None:
         """Write everything that an exact continuation needs; every rank calls it."""
@@ -324,12 +332,18 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint that `engine.checkpoint.check_compatible` accepted."""
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if loaded is None:
-            raise EngineError(f"checkpoint {folder} has no DeepSpeed state that this run can read")
-        load_model(self.averaged.network, str(folder / "ema.safetensors"))
-        self.baseline.load_state_dict(load_file(folder / "baseline.safetensors"))
         state = checkpoint.read_state(folder)
+        if not (folder / "deepspeed").is_dir():
+            raise EngineError(f"checkpoint {folder} has no DeepSpeed state; resume from another")
+        try:
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+            load_model(self.averaged.network, str(folder / "ema.safetensors"))
+            self.baseline.load_state_dict(load_file(folder / "baseline.safetensors"))
+        except Exception as error:  # torch, safetensors and DeepSpeed raise many kinds for cut or foreign files
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise EngineError(f"checkpoint {folder} cannot be read: {reason}; resume from another") from None
+        if loaded is None:
+            raise EngineError(f"checkpoint {folder} has no DeepSpeed state that this run can read; resume from another")
         self.iteration = state["iteration"]
         self.best = state["best"]
         self.worst_ratio_error = state["worst_ratio_error"]
@@ -359,17 +373,21 @@ class Trainer:
         return self.config.student.guidance
 
     def _policies(self, student: Denoiser) -> list[GaussianPolicy]:
-        config = self.config
-        arguments = (student, config.policy.kind, config.student.steps, config.policy.eta)
-        full = make_policy(*arguments)
+        config, full = self.config, self._policy(student)
         candidates = full.stochastic.nonzero().flatten().tolist()
         if config.policy.window is None:
             return [full]
         starts = range(len(candidates) - config.policy.window + 1)
         return [
-            make_policy(*arguments, stochastic_steps=candidates[start : start + config.policy.window])
+            self._policy(student, candidates[start : start + config.policy.window])
             for start in starts
         ]
+
+    def _policy(self, student: Denoiser, stochastic_steps: list[int] | None = None) -> GaussianPolicy:
+        config = self.config
+        return make_policy(
+            student, config.policy.kind, config.student.steps, config.policy.eta, stochastic_steps=stochastic_steps
+        )
 
     def _noise(self, kind: str, batch: Batch, shape: tuple[int, ...], *, rows: int, step: int = 0) -> Tensor:
         seeds = [seed_of(kind, self.config.seed, self.iteration, int(slot), step) for slot in batch.slots]
@@ -396,8 +414,7 @@ class Trainer:
     def _refuse_non_finite(self, what: str, value: Tensor) -> None:
         if not bool(value.isfinite().all()):
             raise EngineError(
-                f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; nothing was updated with "
-                "it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
+                f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; {_ADVICE}"
             )
 
     def _count_update(self, pairs: int) -> None:

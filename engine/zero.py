@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from engine.config import Config
@@ -86,6 +87,9 @@ def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumula
         config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation, world_size=world_size),
         dist_init_required=False,
     )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        # DeepSpeed allocates the states by a step on zero gradients, which would count as Adam's first.
+        engine.optimizer.state.clear()
     return engine
 
 
@@ -93,8 +97,13 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, full fp32 value) of every parameter, whatever the ZeRO stage; all ranks must iterate together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    masters: dict[Tensor, Tensor] = {}
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # low precision without ZeRO
+        for low, full in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters.update(zip(low, full, strict=True))
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
+        full = masters.get(parameter)
+        full = safe_get_full_fp32_param(parameter) if full is None else full
         yield name, (parameter if full is None else full).detach()
 
 

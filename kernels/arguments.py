@@ -73,7 +73,8 @@ def check_number(name: str, value: object) -> float:
 def check_finite(name: str, value: object) -> float:
     """``value`` as a float; an error unless it is a finite python number."""
     number = check_number(name, value)
-    if not math.isfinite(number):
+    # math.isfinite would break the graph where torch.compile traces the number as a symbol
+    if not abs(number) < math.inf:
         raise ValueError(f"{name}={number} must be finite")
     return number
 

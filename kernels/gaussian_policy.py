@@ -139,28 +139,27 @@ class _LogProb(torch.autograd.Function):
         return None, None, d_pred, d_uncond if uncond_grad else None, *(None,) * 6
 
 
-def score_rows(
-    spread: Tensor, b: Tensor, std: Tensor, scale: float, count: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """log_prob (B,) in ``dtype`` and its slope, d log_prob / d f = slope (x_next - mean), from the row sums.
+def precision_of(std: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(std == 0, std with 1 in place of 0, scale / std^2 with 0 where std is 0), each (B,)."""
+    std = std.to(dtype)
+    unscored = std == 0
+    safe = std.masked_fill(unscored, 1.0)
+    return unscored, safe, (safe * safe).reciprocal_().mul_(scale).masked_fill_(unscored, 0.0)
 
-    In float64: torch's vectorised log and its scalar one differ in the last bit of float32, by position in the batch.
-    """
-    std = std.to(dtype).double()
-    scored = std != 0
-    safe = torch.where(scored, std, 1.0)
-    precision = scale / safe.square()
-    log_prob = spread * precision * -0.5 - (safe.log() + HALF_LOG_TWO_PI) * count
-    slope = b.to(dtype) * precision
-    return torch.where(scored, log_prob, 0.0).to(dtype), torch.where(scored, slope, 0.0).to(dtype)
+
+def log_prob_rows(spread: Tensor, unscored: Tensor, safe: Tensor, precision: Tensor, count: float) -> Tensor:
+    """log_prob (B,) from the row sums; its slope, d log_prob / d f = slope (x_next - mean), is b precision."""
+    # the logarithm in float64: in float32 torch's vector and scalar code, so two batches, may differ in the last bit
+    constant = safe.double().log_().add_(HALF_LOG_TWO_PI).mul_(count).to(spread.dtype)
+    return (spread * precision).mul_(-0.5).sub_(constant).masked_fill_(unscored, 0.0)
 
 
 def _sample_reference(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x, pred, pred_uncond)
     mean = mean_of(x, guided(pred, pred_uncond, guidance, dtype), a, b)
     x_next = in_layout((noise.to(dtype) * column(std, x, dtype)).add_(mean), x)
-    log_prob, _ = score_rows(sum_of_squares(x_next - mean), b, std, scale, count, dtype)
-    return x_next, log_prob
+    rows = precision_of(std, scale, dtype)
+    return x_next, log_prob_rows(sum_of_squares(x_next - mean), *rows, count)
 
 
 def _sample_fake(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
@@ -170,7 +169,8 @@ def _sample_fake(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count)
 def _score_reference(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x, x_next, pred, pred_uncond)
     mean = mean_of(x, guided(pred, pred_uncond, guidance, dtype), a, b)
-    return score_rows(sum_of_squares(x_next - mean), b, std, scale, count, dtype)
+    rows = precision_of(std, scale, dtype)
+    return log_prob_rows(sum_of_squares(x_next - mean), *rows, count), b.to(dtype) * rows[-1]
 
 
 def _score_fake(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def _score_kernels(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, cou
 def _launch(x, x_next, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
     partial, split = row_sums(x, x_next, pred, pred_uncond, None, noise, a, b, std, guidance)
     rows = x.shape[0]
-    log_prob, slope = torch.empty((2, rows), dtype=torch.float32, device=x.device).unbind()
+    log_prob, slope = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     with launching_on(x):
         _score_kernel[(triton.cdiv(rows, ROWS),)](
             partial, b, std, log_prob, slope, rows, scale, count,

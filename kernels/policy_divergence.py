@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import check_batch, check_finite, check_like, check_std, choose, per_sample, reduction_factors
 from .backend import launching_on, register
-from .gaussian_policy import ROWS, WARPS
+from .gaussian_policy import ROWS, WARPS, precision_of
 from .rows import compute_dtype, policy_backward, row_sums, row_totals, sum_of_squares
 
 KINDS = ("kl", "renyi", "chi2", "power")
@@ -100,28 +100,25 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence_rows(
-    gap: Tensor, b: Tensor, std: Tensor, exponential: bool, rate: float, factor: float, scale: float, dtype: torch.dtype
+    gap: Tensor, metric: Tensor, exponential: bool, rate: float, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Divergence (B,) and its slope, d divergence / d f = slope (f - f_ref), both float64, from the row sums."""
-    std = std.to(dtype).double()
-    scored = std != 0
-    weight = (b.to(dtype) / torch.where(scored, std, 1.0)).square() * scale
-    distance = gap * weight
-    slope = 2.0 * rate * weight
-    value = rate * distance
+    """Divergence (B,) and its slope, d divergence / d f = slope (f - f_ref), from row sums and scale b^2 / std^2."""
+    distance = gap * metric
+    value, slope = distance * rate, metric * (2.0 * rate)
     if exponential:
         exponent = value.clamp(max=EXPONENT_LIMIT)
-        slope = torch.where(value > EXPONENT_LIMIT, 0.0, factor * slope * exponent.exp())
+        slope = slope.mul_(exponent.exp()).mul_(factor).masked_fill_(value > EXPONENT_LIMIT, 0.0)
         # an infinite distance is a defect to show, not a large number to clamp
-        value = torch.where(distance.isinf(), distance, factor * exponent.expm1())
-    return torch.where(scored, value, 0.0), torch.where(scored, slope, 0.0)
+        value = torch.where(distance.isinf(), distance, exponent.expm1() * factor)
+    return value, slope
 
 
 def _reference(pred, pred_ref, b, std, exponential, rate, factor, scale) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(pred, pred_ref)
-    gap = sum_of_squares(pred.to(dtype) - pred_ref)
-    value, slope = divergence_rows(gap, b, std, exponential, rate, factor, scale, dtype)
-    return value.to(dtype), slope.to(dtype)
+    unscored, _, precision = precision_of(std, scale, dtype)
+    metric = b.to(dtype).square() * precision
+    value, slope = divergence_rows(sum_of_squares(pred.to(dtype) - pred_ref), metric, exponential, rate, factor)
+    return value.masked_fill_(unscored, 0.0), slope
 
 
 def _fake(pred, pred_ref, b, std, exponential, rate, factor, scale) -> tuple[Tensor, Tensor]:
@@ -139,7 +136,7 @@ def _kernels(pred, pred_ref, b, std, exponential, rate, factor, scale) -> tuple[
     if rows == 0:
         return _reference(pred, pred_ref, b, std, exponential, rate, factor, scale)
     partial, split = row_sums(None, None, pred, None, pred_ref, None, None, None, None, 1.0)
-    value, slope = torch.empty((2, rows), dtype=torch.float32, device=pred.device).unbind()
+    value, slope = (torch.empty(rows, dtype=torch.float32, device=pred.device) for _ in range(2))
     with launching_on(pred):
         _divergence_kernel[(triton.cdiv(rows, ROWS),)](
             partial, b, std, value, slope, rows, rate, factor, scale,

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import check_batch, check_finite, check_like, check_number, check_std, per_sample, reduction_factors
 from .backend import launching_on, register
-from .gaussian_policy import ROWS, WARPS, log_prob_of, score_rows
+from .gaussian_policy import ROWS, WARPS, log_prob_of, log_prob_rows, precision_of
 from .policy_divergence import divergence_form, divergence_of, divergence_rows
 from .rows import compute_dtype, guided, mean_of, policy_backward, row_sums, row_totals, sum_of_squares
 
@@ -119,7 +119,7 @@ class _Loss(torch.autograd.Function):
             x, x_next, pred, pred_uncond, pred_ref, a, b, std, old_log_prob, advantage, weight, *numbers
         )
         ctx.save_for_backward(spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b)
-        ctx.guidance = numbers[0]
+        ctx.guidance, ctx.penalised = numbers[0], pred_ref is not None and numbers[5] != 0
         ctx.mark_non_differentiable(log_prob, ratio, clip_fraction, kl)
         return loss, log_prob, ratio, clip_fraction, kl
 
@@ -128,7 +128,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad, *_):
         spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b = ctx.saved_tensors
         uncond_grad = ctx.needs_input_grad[3]
-        gap_slope = None if pred_ref is None else gap_slope
+        gap_slope = gap_slope if ctx.penalised else None
         d_pred, d_uncond = policy_backward(
             grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, ctx.guidance, uncond_grad
         )
@@ -142,29 +142,31 @@ def _reference(
     dtype = compute_dtype(x, x_next, pred, pred_uncond, pred_ref)
     f = guided(pred, pred_uncond, guidance, dtype)
     spread = sum_of_squares(x_next - mean_of(x, f, a, b))
-    log_prob, score_slope = score_rows(spread, b, std, scale, count, dtype)
+    unscored, safe, precision = precision_of(std, scale, dtype)
+    log_prob = log_prob_rows(spread, unscored, safe, precision, count)
+    b, advantage, share = b.to(dtype), advantage.to(dtype), 1.0 / max(x.shape[0], 1)
+    score_slope = b * precision
 
-    scored = std != 0
-    advantage, share = advantage.double(), 1.0 / max(x.shape[0], 1)
-    log_ratio = torch.where(scored, log_prob.double() - old_log_prob, 0.0)
-    # the difference is 0 for a finite log-ratio, and nan for one that the clamp would turn into a harmless number
-    ratio = (log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) + (log_ratio - log_ratio)).exp()
-    free, held = -advantage * ratio, -advantage * ratio.clamp(1.0 - low, 1.0 + high)
-    clipped = held > free
-    term = torch.maximum(free, held)
+    log_ratio = (log_prob - old_log_prob.to(dtype)).masked_fill_(unscored, 0.0)
+    # 0 x is 0 for a finite log-ratio, and nan for one that the clamp would turn into a harmless number
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).add_(log_ratio * 0.0).exp_()
+    free, held = advantage * ratio, advantage * ratio.clamp(1.0 - low, 1.0 + high)
+    clipped = held < free
+    term = torch.minimum(free, held).neg_()
     cut = clipped | (log_ratio.abs() > LOG_RATIO_LIMIT)
-    spread_slope = torch.where(cut, 0.0, free * score_slope * share)
+    spread_slope = (free * score_slope).mul_(-share).masked_fill_(cut, 0.0)
 
-    kl = gap_slope = torch.zeros_like(term)
-    if pred_ref is not None:
-        kl, gap_slope = divergence_rows(sum_of_squares(f - pred_ref), b, std, exponential, rate, factor, scale, dtype)
-        term = term + kl_coef * kl
-        gap_slope = gap_slope * (kl_coef * share)
+    if pred_ref is None:
+        kl, gap_slope = torch.zeros_like(term), torch.zeros_like(term)
+    else:
+        kl, gap_slope = divergence_rows(sum_of_squares(f - pred_ref), b * score_slope, exponential, rate, factor)
+        term += kl.masked_fill_(unscored, 0.0) * kl_coef
+        gap_slope *= kl_coef * share
     if weight is not None:
+        weight = weight.to(dtype)
         term, spread_slope, gap_slope = term * weight, spread_slope * weight, gap_slope * weight
-    clip_fraction = (clipped & scored).sum() / scored.sum().clamp(min=1)
-    results = (term.sum() * share, log_prob, ratio, clip_fraction, kl, spread_slope, gap_slope)
-    return tuple(result.to(dtype) for result in results)
+    clip_fraction = clipped.sum().to(dtype) / (x.shape[0] - unscored.sum()).clamp_(min=1)
+    return term.sum() * share, log_prob, ratio, clip_fraction, kl, spread_slope, gap_slope
 
 
 def _fake(x, x_next, pred, pred_uncond, pred_ref, *_) -> tuple[Tensor, ...]:
@@ -188,8 +190,8 @@ def _kernels(
             guidance, scale, count, low, high, kl_coef, exponential, rate, factor,
         )  # fmt: skip
     partial, split = row_sums(x, x_next, pred, pred_uncond, pred_ref, None, a, b, std, guidance)
-    loss, clip_fraction = torch.empty(2, dtype=torch.float32, device=x.device).unbind()
-    per_row = torch.empty((5, rows), dtype=torch.float32, device=x.device).unbind()
+    loss, clip_fraction = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
+    per_row = [torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(5)]
     with launching_on(x):
         _loss_kernel[(1,)](
             partial, b, std, old_log_prob, advantage, advantage if weight is None else weight,
@@ -266,7 +268,7 @@ def _loss_kernel(
         if WEIGHTED:
             b_weight = tl.load(p_weight + o, mask=m, other=0.0).to(tl.float32)
             b_spread_slope *= b_weight
-        b_kl = tl.zeros([ROWS], tl.float32)
+        b_kl, b_gap_slope = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         if REFERENCE:
             b_gap = row_totals(p_partial + rows * SPLIT, i * ROWS, rows, SPLIT, ROWS)
             b_kl, b_gap_slope = divergence_of(b_gap, b_b, b_std, rate, factor, scale, EXPONENTIAL)
@@ -274,11 +276,11 @@ def _loss_kernel(
             b_gap_slope = b_gap_slope * kl_coef / rows
             if WEIGHTED:
                 b_gap_slope *= b_weight
-            tl.store(p_gap_slope + o, b_gap_slope, mask=m)
         if WEIGHTED:
             b_term *= b_weight
         tl.store(p_kl + o, b_kl, mask=m)
         tl.store(p_spread_slope + o, b_spread_slope, mask=m)
+        tl.store(p_gap_slope + o, b_gap_slope, mask=m)
         b_total += tl.where(m, b_term, 0.0)
         b_clipped += tl.where(m & m_scored & m_clipped, 1.0, 0.0)
         b_scored += tl.where(m & m_scored, 1.0, 0.0)

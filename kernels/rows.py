@@ -58,6 +58,8 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 def in_layout(values: Tensor, like: Tensor) -> Tensor:
     """``values`` in the dtype and the dense layout that ``torch.empty_like(like)`` has; copied only if need be."""
+    if values.dtype == like.dtype and values.stride() == like.stride():
+        return values
     result = torch.empty_like(like)
     if values.dtype == result.dtype and _same_layout(values.shape, values.stride(), result.stride()):
         return values
@@ -131,9 +133,15 @@ def arranged(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
+def _is_aligned(n: int) -> bool:
+    """Whether rows of n elements can be read in vectors; 16 is also what Triton specialises integers on."""
+    return n % 16 == 0
+
+
 def block_of(n: int) -> tuple[int, int]:
     """(BLOCK, num_warps) for rows of n elements: 8 elements a thread, so that bf16 loads are 128 bits wide."""
-    block = max(128, min(2048, triton.next_power_of_2(n)))
+    # unaligned rows have no wide loads to gain from, and summing 2048 of them would spill registers on gfx942
+    block = max(128, min(2048 if _is_aligned(n) else 1024, triton.next_power_of_2(n)))
     return block, max(1, block // 256)
 
 
@@ -173,22 +181,38 @@ def row_sums(
         _row_sums_kernel[(rows * split,)](
             *tensors, partial, guidance, n, triton.cdiv(n, split * block),
             SAMPLE=noise is not None, SCORE=score, GUIDED=pred_uncond is not None, REFERENCE=reference,
-            SPLIT=split, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
+            ALIGNED=_is_aligned(n), SPLIT=split, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return partial, split
 
 
+# tl.sum adds in the order in which the compiler spread a block over threads, and that depends on the dtypes that a
+# kernel loads: one row could be summed differently in sampling and in the loss. A tree of explicit pairs has one order.
+# Which pairs is a matter of cost: neighbours share a thread where loads are vectors (aligned rows), else halves do; the
+# wrong choice shuffles through shared memory at every level and takes the compiler half a minute.
+
+
 @triton.jit
 def _sum_neighbours(x, SIZE: tl.constexpr):
-    """Sums of each SIZE (a power of two) neighbours of x, by a pairwise tree.
-
-    ``tl.sum`` adds in the order in which the compiler spread x over threads, and that depends on the dtypes that the
-    kernel loads: the same row could be summed differently in sampling and in the loss. The tree has one order.
-    """
+    """Sums of each SIZE (a power of two) neighbours of x."""
     if SIZE > 1:
         left, right = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
         x = _sum_neighbours(left + right, SIZE // 2)
     return x
+
+
+@triton.jit
+def _sum_halves(x):
+    """Sum of x, of a power of two of elements, as (1,)."""
+    if x.shape[0] > 1:
+        left, right = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2]), (1, 0)))
+        x = _sum_halves(left + right)
+    return x
+
+
+@triton.jit
+def _sum_block(x, ALIGNED: tl.constexpr):
+    return _sum_neighbours(x, x.shape[0]) if ALIGNED else _sum_halves(x)
 
 
 @triton.jit
@@ -223,6 +247,7 @@ def _row_sums_kernel(
     SCORE: tl.constexpr,
     GUIDED: tl.constexpr,
     REFERENCE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -260,10 +285,10 @@ def _row_sums_kernel(
             b_gap += b_difference * b_difference
     o_partial = i_program + tl.arange(0, 1)
     if SCORE:
-        tl.store(p_partial + o_partial, _sum_neighbours(b_spread, BLOCK))
+        tl.store(p_partial + o_partial, _sum_block(b_spread, ALIGNED))
         o_partial += tl.num_programs(0)
     if REFERENCE:
-        tl.store(p_partial + o_partial, _sum_neighbours(b_gap, BLOCK))
+        tl.store(p_partial + o_partial, _sum_block(b_gap, ALIGNED))
 
 
 def backward_kernels(

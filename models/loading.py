@@ -65,12 +65,12 @@ def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | 
     """Write a network and a copy of a teacher's schedule as a directory that stock diffusers loads.
 
     Args:
-        directory: created; must not exist.
+        directory: created; must not hold another model.
         network: a diffusers model with its full weights.
         schedule_of: the diffusers directory whose scheduler goes along.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(directory / "unet", safe_serialization=True)
     scheduler = _scheduler(Path(schedule_of))
     scheduler.save_pretrained(directory / "scheduler")
@@ -100,9 +100,12 @@ def _read_config(directory: Path, part: str) -> dict[str, object]:
             f"{directory} has no {part}; give a directory in diffusers format, with unet/ and scheduler/"
         )
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LoadingError(f"{path} is corrupt: {error}") from None
+    if not isinstance(config, dict):
+        raise LoadingError(f"{path} is corrupt: it holds a {type(config).__name__} instead of a mapping")
+    return config
 
 
 def _scheduler(directory: Path) -> Any:

@@ -16,6 +16,9 @@ def step_weights(policy: GaussianPolicy, kind: str) -> Tensor | None:
     """Weights (T,) fp32 of the steps: None for "none", std over the mean std of the stochastic steps for "std".
 
     The gradient of a step's log-prob grows as 1/std, so late steps outweigh the early ones without it.
+
+    Args:
+        policy: with all its stochastic steps; the weights hold for any window of them.
     """
     if kind == "none":
         return None

@@ -16,7 +16,7 @@ from .policies import GaussianPolicy
 
 @dataclass
 class Trajectory:
-    """The scored (sample, step) pairs of a rollout, and its final latents. N samples, S stochastic steps, P = S*N pairs.
+    """The scored (sample, step) pairs of a rollout and its final latents: N samples, S stochastic steps, P = S*N pairs.
 
     Attributes:
         latents: (P, C, H, W) fp32, x at each pair.

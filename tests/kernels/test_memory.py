@@ -1,6 +1,7 @@
 """What the kernels do to memory: every element written once, nothing beside it, few launches, no needless copies."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from engine.kernels import (
     policy_sample,
 )
 
+F32, BF16 = torch.float32, torch.bfloat16
 BAND = 512
 SENTINEL = 12345.0
 only_interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="counts and guards Triton's own launches")
@@ -35,8 +37,9 @@ def run_everything(s):
     return [t.detach() for t in (x_next, old, *result, log_prob, divergence, advantage, pred.grad, uncond.grad)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (2, 129), (2, 3, 5, 7), (2, 4500)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 1), F32), ((3, 127), BF16), ((2, 129), F32), ((2, 3, 5, 7), BF16), ((2, 4500), F32)]
+)
 def test_no_result_reads_memory_that_nobody_wrote(shape, dtype, device, truth):
     s = truth.batch(shape, dtype=dtype, device=device)
     expected = run_everything(s)
@@ -73,7 +76,8 @@ def guarded_allocations(monkeypatch):
 
     def empty(shape, *, dtype, device):
         shape = (shape,) if isinstance(shape, int) else shape
-        return guarded(shape, new(shape, (0,) * len(shape), device="meta").contiguous().stride(), dtype, device)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        return guarded(shape, strides, dtype, device)
 
     def empty_like(tensor, *, dtype=None):
         return guarded(tensor.shape, tensor.stride(), dtype or tensor.dtype, tensor.device)
@@ -85,8 +89,7 @@ def guarded_allocations(monkeypatch):
 
 
 @only_interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (33, 129), (2, 4500)])
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 1), F32), ((3, 127), BF16), ((33, 129), F32), ((2, 2096), BF16)])
 def test_kernels_stay_inside_their_buffers(shape, dtype, monkeypatch, truth):
     s = truth.batch(shape, dtype=dtype)
     expected = run_everything(s)

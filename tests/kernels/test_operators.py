@@ -29,12 +29,11 @@ def operator_cases(s):
     slopes = (s.weight, s.shift)
     grad = s.advantage
     yield OPERATORS.group_advantage, (torch.rand(6 * rows, device=s.x.device)[::2], 3, 0, 5.0, 1e-6)
-    for uncond in (None, s.pred_uncond):
+    for uncond, ref, weight in ((None, None, None), (s.pred_uncond, s.pred_ref, s.weight)):
         yield OPERATORS.policy_sample, (s.x, s.pred, uncond, s.noise, *step, *numbers)
         yield OPERATORS.policy_score, (s.x, s.x_next, s.pred, uncond, *step, *numbers)
-        for ref, weight in ((None, None), (s.pred_ref, s.weight)):
-            rest = (*step, s.shift, s.advantage, weight, *loss_numbers)
-            yield OPERATORS.policy_loss, (s.x, s.x_next, s.pred, uncond, ref, *rest)
+        rest = (*step, s.shift, s.advantage, weight, *loss_numbers)
+        yield OPERATORS.policy_loss, (s.x, s.x_next, s.pred, uncond, ref, *rest)
         both = (s.x, s.x_next, s.pred, uncond, s.pred_ref, s.a, s.b, 1.5, uncond is not None)
         yield OPERATORS.policy_backward, (grad, *slopes, *both)
     yield OPERATORS.policy_divergence, (s.pred, s.pred_ref, s.b, s.std, True, 1.0, 1.0, 0.25)
@@ -42,8 +41,7 @@ def operator_cases(s):
     yield OPERATORS.policy_backward, (grad[:1].squeeze() if rows else grad.sum(), None, slopes[1], *only_gap)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "mixed", "sliced"])
-@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize(("rows", "layout"), [(0, "contiguous"), (2, "channels_last"), (2, "mixed"), (2, "sliced")])
 def test_every_operator_passes_opcheck(rows, layout, device, truth):
     s = truth.batch((rows, 3, 4, 5), device=device, pred=torch.bfloat16)
     for name in ("x", "x_next", "pred", "pred_uncond", "pred_ref", "noise"):
@@ -88,6 +86,19 @@ def test_a_training_step_compiles_as_one_graph_with_equal_results(device, truth)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
     for ours, theirs in zip((*eager, *gradients), (*compiled, *torch.autograd.grad(compiled[0], leaves)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_compiled_loss_takes_other_batch_sizes_and_numbers_without_a_graph_break(device, truth):
+    def loss(s, pred, guidance, kl_coef):
+        return policy_loss(
+            s.x, s.x_next, pred, s.a, -0.5, s.std, s.shift, s.advantage, pred_uncond=s.pred_uncond, guidance=guidance,
+            pred_ref=s.pred_ref, kl_coef=kl_coef, kl_kind="renyi", kl_alpha=guidance,
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for rows, guidance, kl_coef in ((4, 2.0, 0.1), (5, 3.0, 0.2), (6, 4.5, 0.3)):
+        s = truth.batch((rows, 3), device=device)
+        assert torch.equal(compiled(s, s.pred, guidance, kl_coef), loss(s, s.pred, guidance, kl_coef))
 
 
 @torch.no_grad()  # torch aborts when autograd records a fake GPU tensor in a build without CUDA

@@ -7,7 +7,7 @@ from engine.kernels import PolicyLoss, policy_log_prob, policy_loss, policy_samp
 from engine.kernels.policy_loss import LOG_RATIO_LIMIT
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SHAPES = [(1, 1), (3, 2, 5, 7), (70, 3), (2, 5000)]
+SHAPES = [(1, 1), (3, 2, 5, 7), (35, 3), (2, 5000)]
 CASES = [
     {},
     {"guidance": 3.0},
@@ -210,6 +210,7 @@ def test_huge_log_ratios_stay_finite_and_move_nothing(shift, device, truth):
         assert (gradient == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["x", "x_next", "pred", "pred_uncond", "pred_ref", "old", "advantage", "weight"])
 def test_non_finite_inputs_make_the_loss_non_finite(name, value, device, truth):

@@ -1,0 +1,119 @@
+"""Networks small enough that a whole run takes about a second, and the configuration of such a run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# `python -m pytest` puts the checkout on sys.path, where diffusers would take `kernels/` for Hugging Face's package;
+# importing engine first takes it off.
+from engine import Config, load_config
+
+# Claims about the trainer hold on any device; bit-equal runs are promised on the CPU, which is what these tests run on.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+SIZES = (
+    "teacher.steps=6",
+    "teacher.guidance=1",
+    "student.steps=3",
+    "student.guidance=1",
+    "policy.kind=ddim",
+    "policy.eta=0.5",
+    "iterations=2",
+    "precision=fp32",
+    "seed=0",
+    "rollout.conditions=4",
+    "rollout.group_size=4",
+    "rollout.pool=8",
+    "rollout.pairing=noise",
+    "reward.terms={feature: 1}",
+    "objective.kind=grpo",
+    "objective.kl_coef=0",
+    "optimizer.kind=adamw",
+    "optimizer.lr=1e-3",
+    "train.micro_batch=16",
+    "train.inner_epochs=1",
+    "train.updates=2",
+    "train.threads=1",
+    "evaluation.samples=100",
+    "evaluation.held_out=8",
+    "evaluation.every=1",
+    "checkpoint.every=1",
+    "checkpoint.keep=2",
+    "logging.tensorboard=false",
+)
+"""Everything that a test may rely on, so that defaults can be tuned without a test noticing."""
+
+
+def _write_teacher(directory: Path, scheduler: object, *, seed: int = 0, **network: object) -> Path:
+    """A class-conditional UNet of seeded random weights with a schedule, in diffusers format.
+
+    Args:
+        network: what to change in the UNet's configuration.
+    """
+    from diffusers import UNet2DModel
+
+    config = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "add_attention": False,
+        "num_class_embeds": 11,
+    } | network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(**config)
+    unet.save_pretrained(directory / "unet")
+    scheduler.save_pretrained(directory / "scheduler")
+    index = {
+        "_class_name": "DDIMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+    }
+    (directory / "model_index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def write_teacher():
+    """`write_teacher(directory, scheduler, seed=0, **unet)`: another tiny teacher."""
+    return _write_teacher
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """A diffusion teacher of digits' shape and classes, with random weights."""
+    from diffusers import DDIMScheduler
+
+    return _write_teacher(tmp_path_factory.mktemp("teacher"), DDIMScheduler(clip_sample=False))
+
+
+@pytest.fixture(scope="session")
+def tiny_flow_teacher(tmp_path_factory) -> Path:
+    """The same network read as a rectified flow."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return _write_teacher(tmp_path_factory.mktemp("flow_teacher"), FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_teacher) -> list[str]:
+    """Command-line arguments of a run of about a second, without output_dir."""
+    return [f"teacher.path={tiny_teacher}", *SIZES]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_overrides):
+    """`tiny_config(output_dir, *overrides)`: the configuration of a run of about a second."""
+
+    def make(output_dir: Path | str, *overrides: str) -> Config:
+        return load_config({}, [f"output_dir={output_dir}", *tiny_overrides, *overrides])
+
+    return make

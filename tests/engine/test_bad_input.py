@@ -1,0 +1,507 @@
+"""Wrong input is refused in one paragraph that names the key, the value and what is allowed, and nothing is written."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import engine.train
+from engine.models.denoiser import Denoiser
+
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, tiny_overrides, capsys):
+    """`refused(*arguments)`: the error of a run that must fail before it writes anything."""
+
+    def run(*arguments: str, output_dir: Path | None = None) -> str:
+        output_dir, before = output_dir or tmp_path / "out", files(tmp_path)
+        code = engine.train.main([f"output_dir={output_dir}", *tiny_overrides, *arguments])
+        error = capsys.readouterr().err
+        assert code == 2
+        assert files(tmp_path) == before
+        lines = [line for line in error.splitlines() if line.strip()]
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        assert "Traceback" not in error
+        return lines[-1].removeprefix("error: ")
+
+    return run
+
+
+def holds(message: str, expected: tuple[str, ...]) -> bool:
+    missing = [part for part in expected if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+    return True
+
+
+# (overrides, what the message must hold: the key, the value, what is allowed)
+WRONG = {
+    # keys that do not exist
+    "top level key": (["iteration=5"], "'iteration'", "'iterations'"),
+    "nested key": (["student.step=3"], "'student.step'", "'student.steps'"),
+    "section": (["optimiser.lr=1e-4"], "'optimiser.lr'", "'optimizer.lr'"),
+    "key below a key": (["teacher.steps.x=3"], "'teacher.steps.x'", "'teacher.steps'"),
+    "key in a mapping": (["rollout={grop_size: 3}"], "'rollout.grop_size'", "'rollout.group_size'"),
+    # types
+    "word for a number": (["teacher.steps=many"], "teacher.steps='many'", "integer"),
+    "fraction for a count": (["teacher.steps=2.5"], "teacher.steps=2.5", "integer"),
+    "word for a rate": (["optimizer.lr=fast"], "optimizer.lr='fast'", "number"),
+    "word for a switch": (["logging.tensorboard=maybe"], "logging.tensorboard='maybe'", "boolean"),
+    "nothing for a path": (["teacher.path=null"], "teacher.path=None", "string"),
+    "number for a section": (["teacher=5"], "teacher=5", "section of keys", "teacher.path"),
+    "one beta": (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]", "item 1", "required"),
+    "word for the clip range": (["objective.clip_range=wide"], "objective.clip_range='wide'", "number", "or", "tuple"),
+    "list for DeepSpeed": (["zero.deepspeed=[1]"], "zero.deepspeed=[1]", "dictionary"),
+    # ranges
+    "no iterations": (["iterations=0"], "iterations=0", "greater than or equal to 1"),
+    "negative seed": (["seed=-1"], "seed=-1", "greater than or equal to 0"),
+    "no noise": (["policy.eta=0"], "policy.eta=0", "greater than 0"),
+    "noise that is not a number": (["policy.eta=.nan"], "policy.eta=nan", "finite number"),
+    "more noise than there is": (["policy.eta=3"], "policy.eta=3", "policy.kind=ddim", "eta <= 1"),
+    "endless guidance": (["student.guidance=.inf"], "student.guidance=inf", "finite number"),
+    "negative guidance": (["teacher.guidance=-1"], "teacher.guidance=-1", "greater than or equal to 0"),
+    "second beta of 1.5": (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas=[0.9, 1.5]", "item 1", "less than 1"),
+    "negative clip range": (["objective.clip_range=-1"], "objective.clip_range=-1", "greater than 0"),
+    "negative upper clip range": (["objective.clip_range=[0.1, -1]"], "objective.clip_range=[0.1, -1]", "item 1"),
+    "average that never moves": (["ema.decay=1"], "ema.decay=1", "less than 1"),
+    "no checkpoint kept": (["checkpoint.keep=0"], "checkpoint.keep=0", "greater than or equal to 1"),
+    "ZeRO stage 4": (["zero.stage=4"], "zero.stage=4", "0, 1, 2 or 3"),
+    # words that are none of the allowed ones
+    "precision": (["precision=fp8"], "precision='fp8'", "'fp32', 'bf16' or 'fp16'"),
+    "policy": (["policy.kind=dim"], "policy.kind='dim'", "'ddim'", "'cps'"),
+    "objective": (["objective.kind=trpo"], "objective.kind='trpo'", "'grpo'", "'ppo'"),
+    "scale": (["advantage.scale=std"], "advantage.scale='std'", "'group_std', 'global_std' or 'none'"),
+    # sizes that do not fit each other
+    "more conditions than the pool": (["rollout.conditions=9"], "rollout.conditions=9", "rollout.pool=8"),
+    "group of one": (["rollout.group_size=1"], "rollout.group_size=1", "at least 2", "objective.kind=ppo"),
+    "updates that do not divide": (["train.updates=3"], "train.updates=3", "8 (sample, step)", "1, 2, 4, 8"),
+    "window beyond the steps": (["policy.window=3"], "policy.window=3", "2 stochastic steps", "3-step student"),
+    "student of one step": (["student.steps=1"], "student.steps=1", "no stochastic step", "use more steps"),
+    "student longer than teacher": (["student.steps=7"], "student.steps=7", "teacher.steps=6"),
+    "teacher beyond its schedule": (["teacher.steps=1001"], "teacher.steps=1001", "between 1 and 1000"),
+    "few evaluation samples": (["evaluation.samples=20"], "evaluation.samples=20", "at least 100"),
+    "divergence without its order": (["objective.kl_kind=renyi"], "objective.kl_alpha=None", "renyi", "0 and 1"),
+    "order without meaning": (["objective={kl_kind: power, kl_alpha: 1}"], "objective.kl_alpha=1", "power", "0 and 1"),
+    "offload without partitions": (["zero.offload=optimizer"], "zero.offload=optimizer", "zero.stage >= 1"),
+    "parameters with optimizer states only": (
+        ["zero.offload=parameters", "zero.stage=2"],
+        "zero.offload=parameters",
+        "zero.stage >= 3",
+        "zero.stage=2",
+    ),
+    "DeepSpeed key that ours decide": (["zero.deepspeed.train_batch_size=8"], "zero.deepspeed.train_batch_size", "=16"),
+    "DeepSpeed key below one that ours decide": (
+        ["zero.deepspeed.bf16.enabled=true"],
+        "zero.deepspeed.bf16.enabled",
+        "leave it out",
+    ),
+    # rewards
+    "misspelt reward": (["reward.terms={featur: 1}"], "reward.terms", "'featur'", "'feature'", "class_log_prob"),
+    "reward of weight 0": (["reward.terms={pixel: 0}"], "reward.terms", "{'pixel': 0.0}", "feature, class_log_prob"),
+    "no reward": (["reward.terms={}"], "reward.terms", "at least one of feature, class_log_prob, pixel"),
+    "word for a weight": (["reward.terms={pixel: much}"], "reward.terms.pixel='much'", "number"),
+    "endless weight": (["reward.terms={pixel: .inf}"], "reward.terms.pixel=inf", "finite"),
+    # what this machine and this teacher cannot do
+    "fp16 on a CPU": (["precision=fp16"], "precision=fp16", "GPU", "fp32 or bf16"),
+    "prompts for classes": (["prompts.path=prompts.txt"], "prompts.path=prompts.txt", "classes, not on text"),
+    "flow sampler of a diffusion teacher": (["policy.kind=cps"], "policy.kind=cps", "fitting kinds: ddim"),
+    # paths
+    "teacher that is not there": (["teacher.path=/no/where"], "teacher.path", "/no/where", "diffusers format"),
+    "student that is not there": (["student.init=/no/where"], "student.init", "/no/where", "diffusers format"),
+    "resume from nowhere": (["resume=/no/where"], "resume=/no/where", "auto", "run directory"),
+    "configuration that is not there": (["--config", "/no/where.yaml"], "/no/where.yaml", "digits.yaml"),
+    # overrides
+    "override without a value": (["iterations"], "'iterations'", "key=value"),
+    "override without a key": (["=5"], "'=5'", "key=value"),
+    "override that is not YAML": (["policy.kind=[ddim"], "'policy.kind=[ddim'", "not YAML"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_refused_by_name(refused, case):
+    overrides, *expected = WRONG[case]
+    assert holds(refused(*overrides), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("teacher: {steps: 6", ("mine.yaml", "not YAML", "line 1")),
+        ("- a\n- b\n", ("mine.yaml", "list", "mapping of keys")),
+        ("hello\n", ("mine.yaml", "str", "mapping of keys")),
+        ("\ud800".encode("utf-16", "surrogatepass").decode("latin-1"), ("mine.yaml", "not YAML")),
+        ("teacher:\n", ("teacher=None", "section of keys")),
+    ],
+)
+def test_a_configuration_file_that_holds_something_else_is_refused(tmp_path, capsys, text, expected):
+    (tmp_path / "mine.yaml").write_bytes(text.encode("latin-1"))
+    assert engine.train.main(["--config", str(tmp_path / "mine.yaml"), f"output_dir={tmp_path / 'out'}"]) == 2
+    assert holds(capsys.readouterr().err, ("error: ", *expected))
+    assert not (tmp_path / "out").exists()
+
+
+def no_unet(teacher):
+    shutil.rmtree(teacher / "unet")
+
+
+def no_scheduler(teacher):
+    shutil.rmtree(teacher / "scheduler")
+
+
+def cut_config(teacher):
+    path = teacher / "unet" / "config.json"
+    path.write_text(path.read_text()[:100])
+
+
+def config_of_a_list(teacher):
+    (teacher / "unet" / "config.json").write_text("[]")
+
+
+def cut_scheduler(teacher):
+    (teacher / "scheduler" / "scheduler_config.json").write_text('{"_class_name": ')
+
+
+def no_weights(teacher):
+    (teacher / UNET).unlink()
+
+
+def cut_weights(teacher):
+    path = teacher / UNET
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_config(**change):
+    def damage(teacher):
+        path = teacher / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+def change_scheduler(**change):
+    def damage(teacher):
+        path = teacher / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return damage
+
+
+def nan_weight(teacher):
+    weights = load_file(teacher / UNET)
+    weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, teacher / UNET, metadata={"format": "pt"})
+
+
+DAMAGED = {
+    "without unet/": (no_unet, "unet/config.json", "diffusers format"),
+    "without scheduler/": (no_scheduler, "scheduler/scheduler_config.json", "diffusers format"),
+    "with a cut config.json": (cut_config, "unet/config.json", "corrupt"),
+    "with a list for config.json": (config_of_a_list, "unet/config.json", "list"),
+    "with a cut scheduler_config.json": (cut_scheduler, "scheduler_config.json", "corrupt"),
+    "without weights": (no_weights, "cannot be loaded"),
+    "with cut weights": (cut_weights, "cannot be loaded"),
+    "of another class": (change_config(_class_name="Transformer2DModel"), "Transformer2DModel", "UNet2DModel"),
+    "of weights that do not fit": (change_config(block_out_channels=[8, 32]), "cannot be loaded"),
+    "without classes": (change_config(num_class_embeds=None), "num_class_embeds=None", "null class"),
+    "of an unknown prediction": (change_scheduler(prediction_type="score"), "prediction_type='score'", "epsilon"),
+    "with a weight that is not a number": (nan_weight, "not finite", "conv_in.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_teacher_is_refused_by_what_is_wrong_with_it(refused, tmp_path, tiny_teacher, case):
+    damage, *expected = DAMAGED[case]
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    damage(teacher)
+    assert holds(refused(f"teacher.path={teacher}"), ("teacher.", *expected))
+
+
+@pytest.mark.parametrize("case", ["with cut weights", "with a weight that is not a number"])
+def test_a_damaged_student_is_refused_under_its_own_key(refused, tmp_path, tiny_teacher, case):
+    damage, *expected = DAMAGED[case]
+    student = shutil.copytree(tiny_teacher, tmp_path / "student")
+    damage(student)
+    assert holds(refused(f"student.init={student}"), ("student.init", *expected))
+
+
+def test_a_student_of_another_architecture_is_refused(refused, tmp_path, write_teacher):
+    from diffusers import DDIMScheduler
+
+    student = write_teacher(tmp_path / "student", DDIMScheduler(clip_sample=False), block_out_channels=(8, 32))
+    assert holds(refused(f"student.init={student}"), ("student.init", str(student), "another architecture", "differ"))
+
+
+def test_a_student_of_another_schedule_is_refused(refused, tiny_flow_teacher, tmp_path, tiny_teacher):
+    expected = ("student.init", "another noise schedule", "teacher")
+    assert holds(refused(f"student.init={tiny_flow_teacher}"), expected)
+    student = shutil.copytree(tiny_teacher, tmp_path / "student")
+    change_scheduler(beta_end=0.01)(student)
+    assert holds(refused(f"student.init={student}"), expected)
+
+
+def test_the_diffusion_sampler_of_a_flow_teacher_is_refused(refused, tiny_flow_teacher):
+    expected = ("policy.kind=ddim", "FlowSchedule", "flow_sde, dance_sde, cps")
+    assert holds(refused(f"teacher.path={tiny_flow_teacher}"), expected)
+
+
+@pytest.mark.parametrize("change", [{"sample_size": 16}, {"num_class_embeds": 6}])
+@pytest.mark.parametrize("term", ["feature", "class_log_prob"])
+def test_digit_rewards_of_a_teacher_of_other_images_are_refused(refused, tmp_path, write_teacher, change, term):
+    from diffusers import DDIMScheduler
+
+    teacher = write_teacher(tmp_path / "teacher", DDIMScheduler(clip_sample=False), **change)
+    message = refused(f"teacher.path={teacher}", f"reward.terms={{{term}: 1}}")
+    assert holds(message, ("reward.terms", term, "10 classes of (1, 8, 8)", "Use pixel"))
+
+
+def test_wandb_that_is_not_installed_is_refused(refused, monkeypatch):
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else usual(name))
+    assert holds(refused("logging.wandb=true"), ("logging.wandb=true", "not installed", "pip install"))
+
+
+def test_an_output_dir_that_holds_something_is_refused_and_kept(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("unsaved")
+    for resume in ("none", "auto"):
+        message = refused(f"resume={resume}", output_dir=tmp_path / "mine")
+        assert holds(message, (f"output_dir={tmp_path / 'mine'}", "not empty", "new folder"))
+
+
+def test_an_output_dir_that_is_a_file_or_below_one_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert holds(refused(output_dir=tmp_path / "file"), (f"output_dir={tmp_path / 'file'}", "a file", "new folder"))
+    message = refused(output_dir=tmp_path / "file" / "run")
+    assert holds(message, (f"output_dir={tmp_path / 'file' / 'run'}", "cannot be made", "give a folder"))
+
+
+def test_a_teacher_cache_that_is_a_file_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert holds(refused(f"teacher.cache={tmp_path / 'file'}"), ("teacher.cache=", "is a file", "give a folder"))
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_config) -> Path:
+    """A finished run of two iterations, to be copied before anything is done with it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return engine.distill(tiny_config(folder)).output_dir
+
+
+@pytest.fixture
+def run(tmp_path, finished) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_finished_run_is_refused_without_resume(refused, run):
+    assert holds(refused(output_dir=run), (f"output_dir={run}", "never overwritten", "resume=auto"))
+
+
+def test_resume_from_a_run_without_a_checkpoint_is_refused(refused, run):
+    shutil.rmtree(run / "checkpoints")
+    assert holds(refused(f"resume={run}"), (f"resume={run}", "no complete checkpoint", "auto"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("trainer.json", '{"iteration": 2', "cannot be read"),
+        ("trainer.json", "[]", "has no"),
+        ("trainer.json", "5", "cannot be read"),
+        ("trainer.json", '{"iteration": 2}', "has no best, config"),
+        ("trainer.json", "\udcff", "cannot be read"),
+        ("ema.safetensors", "cut", "cannot be read"),
+        ("baseline.safetensors", "cut", "cannot be read"),
+        ("deepspeed/mp_rank_00_model_states.pt", "cut", "cannot be read"),
+    ],
+)
+def test_resume_from_a_corrupt_checkpoint_is_refused_and_another_is_advised(refused, run, file, text, expected):
+    checkpoint = run / "checkpoints" / "iteration-000002"
+    (checkpoint / file).write_bytes(text.encode(errors="surrogateescape"))
+    message = refused("resume=auto", "iterations=3", output_dir=run)
+    assert holds(message, (str(checkpoint), expected, "resume from another"))
+
+
+def test_resume_without_deepspeed_state_is_refused(refused, run):
+    shutil.rmtree(run / "checkpoints" / "iteration-000002" / "deepspeed")
+    message = refused("resume=auto", "iterations=3", output_dir=run)
+    assert holds(message, ("iteration-000002", "DeepSpeed state", "resume from another"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.kind=ppo"], ("objective.kind was 'grpo' and is 'ppo'",)),
+        (["seed=1"], ("seed was 0 and is 1",)),
+        (["optimizer.lr=2e-3", "policy.eta=0.25"], ("lr was 0.001 and is 0.002", "policy.eta was 0.5 and is 0.25")),
+        (["iterations=1"], ("it is at iteration 2, beyond iterations=1",)),
+    ],
+)  # fmt: skip
+def test_resume_as_another_experiment_is_refused_with_both_values(refused, run, overrides, expected):
+    message = refused("resume=auto", *overrides, output_dir=run)
+    assert holds(message, ("cannot resume", "iteration-000002", "start a new one", *expected))
+
+
+def test_resume_with_changed_teacher_weights_is_refused(tmp_path, refused, tiny_teacher, tiny_config):
+    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    engine.distill(tiny_config(tmp_path / "run", f"teacher.path={teacher}", "iterations=1"))
+    weights = load_file(teacher / UNET)
+    weights["conv_in.bias"][0] += 1e-3
+    save_file(weights, teacher / UNET, metadata={"format": "pt"})
+    message = refused(f"teacher.path={teacher}", "resume=auto", output_dir=tmp_path / "run")
+    assert holds(message, ("cannot resume", "the teacher's weights have changed"))
+
+
+def test_resume_in_place_from_an_older_checkpoint_is_refused(refused, run):
+    older = run / "checkpoints" / "iteration-000001"
+    message = refused(f"resume={older}", output_dir=run)
+    assert holds(message, (f"resume={older}", "not the newest", "new output_dir", "iteration-000002"))
+
+
+def test_resume_of_the_beginning_of_another_run_is_refused(refused, run):
+    shutil.rmtree(run / "checkpoints")
+    message = refused("resume=auto", "seed=5", output_dir=run)
+    assert holds(message, (f"output_dir={run}", "beginning of another run", "seed was 0 and is 5", "new folder"))
+
+
+# ---------------------------------------------------------------------- what goes wrong while a run is going
+
+
+@pytest.fixture
+def stopped(tmp_path, tiny_overrides, capsys):
+    """`stopped(*arguments)`: the error of a run that must stop in an iteration, leaving nothing that looks finished."""
+
+    def run(*arguments: str) -> str:
+        code = engine.train.main([f"output_dir={tmp_path / 'out'}", *tiny_overrides, *arguments])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert code == 2
+        assert len(lines) == 1
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert left & {"student", "summary.json", "samples.png"} == set()
+        assert left >= {"config.yaml", "metrics.jsonl"}
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+def after(calls: int, usual, broken):
+    """`usual` for a number of calls, then what `broken` makes of its result."""
+    count = 0
+
+    def function(*arguments, **keywords):
+        nonlocal count
+        count += 1
+        result = usual(*arguments, **keywords)
+        return broken(result) if count > calls else result
+
+    return function
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_reward_that_is_not_finite_stops_the_run(stopped, monkeypatch, value):
+    from engine.rl.rewards import composite
+
+    broken = after(1, composite.pixel_reward, lambda reward: reward.index_fill(0, torch.tensor([3]), value))
+    monkeypatch.setattr(composite, "pixel_reward", broken)
+    message = stopped("reward.terms={pixel: 1}", "evaluation.every=0")
+    assert holds(message, ("iteration 2:", "pixel is not finite for 1 of 16", "optimizer.lr", "metrics.jsonl"))
+
+
+def test_a_held_out_reward_that_is_not_finite_stops_the_run(stopped, monkeypatch):
+    from engine.rl.rewards import composite
+
+    monkeypatch.setattr(composite, "pixel_reward", after(1, composite.pixel_reward, lambda reward: reward * torch.nan))
+    message = stopped("reward.terms={pixel: 1}")
+    assert holds(message, ("iteration 1, on held-out conditions:", "pixel is not finite for 8 of 8", "optimizer.lr"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(stopped, monkeypatch, tmp_path):
+    from engine import trainer
+
+    broken = after(5, trainer.pair_loss, lambda result: result._replace(loss=result.loss * torch.nan))
+    monkeypatch.setattr(trainer, "pair_loss", broken)
+    # two updates of a micro-batch of 16 pairs: the sixth micro-batch is in iteration 3
+    message = stopped("iterations=4")
+    assert holds(message, ("iteration 3:", "loss is nan", "nothing was updated with it", "optimizer.lr"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+
+
+def test_an_update_that_disagrees_with_the_rollout_stops_the_run(stopped, monkeypatch):
+    predict = Denoiser.predict
+
+    def inexact(self, *arguments, **keywords):
+        prediction, unconditional = predict(self, *arguments, **keywords)
+        if torch.is_grad_enabled():
+            prediction = prediction + 0.01 * torch.randn_like(prediction)
+        return prediction, unconditional
+
+    monkeypatch.setattr(Denoiser, "predict", inexact)
+    message = stopped()
+    assert holds(message, ("iteration 1:", "|ratio - 1|", "train.ratio_tolerance=1e-05", "Raise the tolerance only"))
+
+
+def test_a_first_rollout_that_cannot_be_scored_again_stops_the_run_before_any_update(stopped, monkeypatch):
+    from engine import trainer
+
+    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: float("inf"))
+    monkeypatch.setattr(trainer, "pair_loss", lambda *arguments, **keywords: pytest.fail("an update was made"))
+    assert holds(stopped("train.ratio_tolerance=0.5"), ("iteration 1:", "is inf", "train.ratio_tolerance=0.5"))
+
+
+def test_a_tolerance_that_was_raised_lets_an_inexact_network_train(tmp_path, tiny_config, monkeypatch):
+    from engine import trainer
+
+    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: 0.1)
+    engine.distill(tiny_config(tmp_path / "run", "train.ratio_tolerance=0.2", "iterations=1"))
+
+
+@pytest.mark.parametrize(("message", "shown"), [("iteration 3: the loss is nan", True), ("seed=-1", False)])
+def test_other_ranks_show_only_what_may_be_theirs_alone(monkeypatch, capsys, message, shown):
+    def fail(config):
+        raise engine.EngineError(message)
+
+    monkeypatch.setattr("engine.distillation.distill", fail)
+    monkeypatch.setenv("RANK", "1")
+    assert engine.train.main([]) == 2
+    assert capsys.readouterr().err == (f"error: {message}\n" if shown else "")
+
+
+def test_the_launcher_fails_with_the_message_on_stderr(tmp_path):
+    launcher = Path(sys.executable).parent / "deepspeed"
+    script = Path(engine.__file__).parent / "train.py"
+    arguments = [f"output_dir={tmp_path / 'out'}", "teacher.path=/no/where"]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ranks}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    result = subprocess.run(
+        [launcher, f"--master_port={port}", script, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert holds(errors[0], ("teacher.path", "/no/where", "diffusers format"))
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,214 @@
+"""The configuration: how values are read, that no key is dead or undocumented, and that nothing changes unseen."""
+
+import ast
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import engine
+from engine import Config, EngineError, load_config
+from engine.config import CONFIGS, Section, valid_keys
+
+# design.md's fixed names, as far as they exist, each with a value that it must take.
+FIXED = {
+    "output_dir": "somewhere",
+    "seed": 7,
+    "precision": "bf16",
+    "iterations": 3,
+    "resume": "auto",
+    "teacher.path": "digits",
+    "teacher.steps": 20,
+    "teacher.guidance": 2.5,
+    "student.steps": 4,
+    "student.guidance": 1.5,
+    "student.init": "teacher",
+    "policy.kind": "cps",
+    "policy.eta": 0.25,
+    "rollout.conditions": 6,
+    "rollout.group_size": 5,
+    "rollout.pairing": "prompt",
+    "prompts.path": "prompts.txt",
+    "reward.terms": {"feature": 0.5, "pixel": 2.0},
+    "advantage.scale": "global_std",
+    "advantage.clip": 3.5,
+    "objective.kind": "ppo",
+    "objective.clip_range": 0.02,
+    "objective.kl_coef": 0.1,
+    "objective.kl_kind": "chi2",
+    "optimizer.kind": "adamw8bit",
+    "optimizer.lr": 2e-6,
+    "train.micro_batch": 9,
+    "train.inner_epochs": 2,
+    "zero.stage": 2,
+    "zero.offload": "optimizer",
+    "evaluation.every": 4,
+    "evaluation.samples": 1500,
+    "checkpoint.every": 11,
+    "checkpoint.keep": 3,
+}
+LEAVES = [key for key in valid_keys() if not any(other.startswith(f"{key}.") for other in valid_keys())]
+
+
+def value_of(config: Config, key: str) -> object:
+    for part in key.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=1e-5", 1e-5),
+        ("optimizer.lr=2.5e-4", 2.5e-4),
+        ("optimizer.lr=1E-3", 1e-3),
+        ("iterations=12", 12),
+        ("advantage.clip=null", None),
+        ("advantage.clip=~", None),
+        ("logging.tensorboard=false", False),
+        ("logging.wandb=yes", True),
+        ("objective.clip_range=[1e-4, 2e-4]", (1e-4, 2e-4)),
+        ("objective.clip_range=[0.1, 0.2]", (0.1, 0.2)),
+        ("optimizer.betas=[0.5, 0.75]", (0.5, 0.75)),
+        ("reward.terms={pixel: 2, feature: 1e-1}", {"pixel": 2.0, "feature": 0.1}),
+        ("reward.terms.pixel=1e-2", 0.01),
+        ("zero.deepspeed={flops: {enabled: true, top: 1e3}}", {"flops": {"enabled": True, "top": 1000.0}}),
+        ("zero.deepspeed.zero_optimization.reduce_bucket_size=1000", 1000),
+        ("output_dir=runs/a=b", "runs/a=b"),
+        ('output_dir="5"', "5"),
+    ],
+)  # fmt: skip
+def test_the_value_of_an_override_is_read_as_yaml(override, expected):
+    value = value_of(load_config({}, [override]), override.partition("=")[0])
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_later_overrides_win_and_leave_the_other_keys_of_their_section():
+    tree = {"teacher": {"steps": 30, "guidance": 2.0}, "student": {"steps": 3}}
+    config = load_config(tree, ["teacher.steps=20", "teacher.steps=25"])
+    assert (config.teacher.steps, config.teacher.guidance, config.student.steps) == (25, 2.0, 3)
+
+
+def test_a_section_can_be_replaced_by_one_override():
+    config = load_config({"teacher": {"steps": 30}}, ["teacher={steps: 20, guidance: 3}"])
+    assert (config.teacher.steps, config.teacher.guidance) == (20, 3.0)
+
+
+def test_every_fixed_key_is_accepted_by_its_name():
+    config = load_config(
+        {}, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in FIXED.items()]
+    )
+    assert {key: value_of(config, key) for key in FIXED} == FIXED
+
+
+def test_shipped_files_are_valid_and_set_something():
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert "digits.yaml" in [file.name for file in files]
+    for file in files:
+        assert yaml.safe_load(file.read_text())
+        load_config(file)
+
+
+def test_without_a_source_the_embedded_digits_are_distilled():
+    assert load_config() == load_config(CONFIGS / "digits.yaml")
+    assert load_config().teacher.path == "digits"
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_every_key_has_a_docstring_where_it_is_declared():
+    undocumented, sections = [], {model.__name__ for model in Section.__subclasses__()}
+    for node in ast.parse(Path(sys.modules[Config.__module__].__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef) or node.name not in sections:
+            continue
+        for line, below in zip(node.body, [*node.body[1:], None], strict=True):
+            is_key = isinstance(line, ast.AnnAssign) and ast.unparse(line.annotation) not in sections
+            if is_key and not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+                undocumented.append(f"{node.name}.{line.target.id}")
+    assert sections > {"Config", "Teacher", "Objective"}
+    assert undocumented == []
+
+
+def test_every_key_is_read_by_a_run(tmp_path, tiny_config, monkeypatch):
+    names = {field.annotation: f"{name}." for name, field in Config.model_fields.items()} | {Config: ""}
+    read, own_module = set(), Config.__module__
+
+    def record(self, name):
+        if name in type(self).model_fields and sys._getframe(1).f_globals["__name__"] != own_module:
+            read.add(names[type(self)] + name)
+        return object.__getattribute__(self, name)
+
+    config = tiny_config(tmp_path / "run")
+    monkeypatch.setattr(Section, "__getattribute__", record, raising=False)
+    engine.distill(config)
+    assert sorted(set(LEAVES) - read) == []
+
+
+def test_a_configuration_is_immutable():
+    config = load_config({})
+    for target, name in [(config, "seed"), (config.teacher, "steps"), (config.zero, "stage"), (config, "teacher")]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(target, name, getattr(target, name))
+    with pytest.raises(ValidationError, match="frozen"):
+        del config.seed
+    with pytest.raises((ValidationError, ValueError)):
+        config.new_key = 1
+
+
+def test_configurations_share_no_mapping():
+    first, second = load_config({}), load_config({})
+    assert first.reward.terms is not second.reward.terms
+    assert first.zero.deepspeed is not second.zero.deepspeed
+    assert load_config(first).reward.terms is not first.reward.terms
+
+
+def test_path_mapping_and_config_give_equal_configurations(tmp_path):
+    tree = {"iterations": 3, "reward": {"terms": {"pixel": 1.0}}, "objective": {"clip_range": [0.1, 0.2]}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tree)
+    assert load_config(tmp_path / "mine.yaml") == load_config(str(tmp_path / "mine.yaml")) == config
+    assert load_config(config) == config
+    assert load_config(config.as_dict()) == config
+    assert load_config(config, ["iterations=4"]).iterations == 4
+    assert config.iterations == 3
+
+
+def test_the_config_yaml_of_a_run_loads_to_an_equal_configuration(tmp_path):
+    config = load_config(
+        {}, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in FIXED.items()]
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml").as_dict() == config.as_dict()
+
+
+def test_the_mapping_of_a_user_is_never_changed():
+    tree = {
+        "teacher": {"steps": 30},
+        "reward": {"terms": {"pixel": 1.0}},
+        "zero": {"deepspeed": {"flops": {"on": True}}},
+    }
+    before = copy.deepcopy(tree)
+    load_config(tree, ["teacher.steps=20", "reward.terms.feature=2", "zero.deepspeed.flops.on=false", "seed=3"])
+    assert tree == before
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "teacher.step", "objectve.kind", "rollout.pol", "train.microbatch"])
+def test_an_unknown_key_is_refused_alike_in_files_mappings_and_overrides(tmp_path, key):
+    section, _, name = key.rpartition(".")
+    tree = {section: {name: 1}} if section else {name: 1}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tree))
+    messages = []
+    for arguments in [(tree,), (tmp_path / "bad.yaml",), ({}, [f"{key}=1"])]:
+        with pytest.raises(EngineError, match="nearest valid key") as error:
+            load_config(*arguments)
+        messages.append(str(error.value))
+        assert str(error.value).rpartition("valid key is ")[2].strip("'") in valid_keys()
+    assert messages[0] == messages[1]
