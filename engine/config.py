@@ -61,17 +61,18 @@ class Policy(Section):
     kind: Literal["ddim", "flow_sde", "dance_sde", "cps", "edm_ancestral"] = "ddim"
     """Sampler whose noise is trained on: "ddim" for diffusion teachers; "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO)
     or "cps" for flow matching."""
-    eta: Annotated[float, Field(gt=0)] = 0.3
+    eta: Annotated[float, Field(gt=0)] = 0.5
     """Noise of the sampler during training: DDIM's eta, the SDE's noise level. Evaluation is at 0."""
-    window: Positive | None = None
+    window: Positive | None = 1
     """Number of consecutive steps that are stochastic in one iteration, at a place that changes from iteration to
-    iteration; the other steps are deterministic and, before the window, computed once per group. None: all steps."""
+    iteration; the other steps are deterministic and, before the window, computed once per group. One step at a time
+    tells a sample's reward from nothing but that step's noise, and costs a third of the passes. None: all steps."""
 
 
 class Rollout(Section):
-    conditions: Positive = 32
+    conditions: Positive = 64
     """Conditions per iteration, over all ranks; a multiple of their number (a group stays on one rank)."""
-    group_size: Positive = 16
+    group_size: Positive = 8
     """Samples of each condition."""
     pairing: Literal["noise", "prompt"] = "noise"
     """"noise": the group starts from the teacher's initial noise. "prompt": each sample from its own."""
@@ -110,7 +111,7 @@ class Objective(Section):
     """Divergence whose weight is kl_coef."""
     kl_alpha: float | None = None
     """Order of the renyi and power divergences."""
-    step_weights: Literal["none", "std"] = "none"
+    step_weights: Literal["none", "std"] = "std"
     """"std": weight a step by its std over the mean std, because the gradient of its log-prob grows as 1/std."""
     baseline_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """ppo: how much of a condition's running mean is kept when new rewards of it arrive."""
@@ -128,7 +129,7 @@ class Objective(Section):
 class Optimizer(Section):
     kind: Literal["adamw", "adamw8bit"] = "adamw"
     """"adamw" (torch) or "adamw8bit" (bitsandbytes, 8-bit states)."""
-    lr: Annotated[float, Field(gt=0)] = 5e-5
+    lr: Annotated[float, Field(gt=0)] = 2e-4
     """Learning rate at the start."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Decay of the running means of the gradient and of its square."""
@@ -138,7 +139,7 @@ class Optimizer(Section):
     """Decoupled from the gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm, over all parameters and ranks."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How lr goes from its value to lr * final_lr over the iterations."""
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate as a share of lr; read by the linear and cosine schedules."""
@@ -154,8 +155,8 @@ class Train(Section):
     """Most (sample, step) pairs in one forward and backward pass of a rank; accumulation follows from it."""
     inner_epochs: Positive = 1
     """Passes over the (sample, step) pairs of a rollout."""
-    updates: Positive = 4
-    """Optimizer steps per inner epoch."""
+    updates: Positive = 1
+    """Optimizer steps per inner epoch. With one update and one epoch every step is on-policy and never clipped."""
     ratio_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest |ratio - 1| before the first update of an iteration; beyond it training stops. None: 1e-5 in fp32,
     0.05 in bf16 and fp16 (docs/method.md has the measurement)."""
@@ -222,7 +223,7 @@ class Config(Section):
     """Of the training conditions, their noise and the order of updates."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student in rollout and update; the optimizer keeps fp32 weights."""
-    iterations: Positive = 80
+    iterations: Positive = 50
     """Rollouts to train on; a resumed run goes on up to this number."""
     resume: str = "none"
     """"none", "auto" (the newest checkpoint in output_dir, if there is one) or the path of a run or a checkpoint."""

@@ -128,7 +128,7 @@ class Trainer:
             metrics |= self.update(batch, policy, trajectory, condition, advantage)
         self.average_student()
         self.iteration += 1
-        self.passes = self._total(self.passes - passes_before) + passes_before
+        self.passes = self._total(passes_before)
         passes = {f"passes/{name}": count - passes_before[name] for name, count in self.passes.items()}
         seconds = {f"time/{name}": self.seconds[name] - seconds_before.get(name, 0.0) for name in self.seconds}
         seconds["time/iteration"] = time.perf_counter() - started
@@ -251,7 +251,7 @@ class Trainer:
         steps = config.train.inner_epochs * config.train.updates
         metrics = {name: value / steps for name, value in sums.items()}
         metrics["grad_norm"] = sum(norms) / len(norms)
-        metrics["advantage/std"] = advantage.float().std(unbiased=False).item()
+        metrics["advantage/std"] = ranks.gather(advantage).std(unbiased=False).item()
         metrics = self._mean(metrics)
         first_error = self._max(first_error)
         self.worst_ratio_error = max(self.worst_ratio_error, first_error)
@@ -305,7 +305,7 @@ class Trainer:
                 total, _ = self.reward(to_images(final), targets, condition)
         except RewardError as error:
             raise EngineError(f"iteration {self.iteration}, on held-out conditions: {error}; {_ADVICE}") from None
-        self.passes = self._total(self.passes - passes_before) + passes_before
+        self.passes = self._total(passes_before)
         return {"reward/held_out_eta0": ranks.gather(total.double()).mean().item()}
 
     def forget_best(self) -> None:
@@ -378,10 +378,7 @@ class Trainer:
         if config.policy.window is None:
             return [full]
         starts = range(len(candidates) - config.policy.window + 1)
-        return [
-            self._policy(student, candidates[start : start + config.policy.window])
-            for start in starts
-        ]
+        return [self._policy(student, candidates[start : start + config.policy.window]) for start in starts]
 
     def _policy(self, student: Denoiser, stochastic_steps: list[int] | None = None) -> GaussianPolicy:
         config = self.config
@@ -413,9 +410,7 @@ class Trainer:
 
     def _refuse_non_finite(self, what: str, value: Tensor) -> None:
         if not bool(value.isfinite().all()):
-            raise EngineError(
-                f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; {_ADVICE}"
-            )
+            raise EngineError(f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; {_ADVICE}")
 
     def _count_update(self, pairs: int) -> None:
         evaluations = pairs * self.student.passes(self._guidance)
@@ -424,9 +419,10 @@ class Trainer:
         if self.reference is not None:
             self.passes["reference"] += evaluations
 
-    def _total(self, passes: Counter[str]) -> Counter[str]:
-        table = ranks.gather(torch.tensor([[passes[name] for name in PASSES]]))
-        return Counter(dict(zip(PASSES, table.sum(0).tolist(), strict=True)))
+    def _total(self, before: Counter[str]) -> Counter[str]:
+        # Not by the sum of counters, which drops every name that stands at 0.
+        added = ranks.gather(torch.tensor([[self.passes[name] - before[name] for name in PASSES]])).sum(0)
+        return Counter({name: before[name] + count for name, count in zip(PASSES, added.tolist(), strict=True)})
 
     def _max(self, value: float) -> float:
         return ranks.gather(torch.tensor([value], dtype=torch.float64)).max().item()

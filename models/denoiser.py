@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .schedules import Schedule
 
 Condition = Mapping[str, Tensor]
-"""Keyword tensors (B, ...) that the network takes beside the latent and the timestep; `class_labels` for class models."""
+"""Keyword tensors (B, ...) that the network takes beside latent and timestep; `class_labels` for class models."""
 
 
 @dataclass(frozen=True)

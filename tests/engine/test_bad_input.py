@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import engine.train
 from engine.models.denoiser import Denoiser
 
+pytestmark = pytest.mark.usefixtures("quick_finish")
+
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
@@ -297,7 +299,7 @@ def test_a_teacher_cache_that_is_a_file_is_refused(refused, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_config) -> Path:
+def finished(tmp_path_factory, tiny_config, quick_finish) -> Path:
     """A finished run of two iterations, to be copied before anything is done with it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     return engine.distill(tiny_config(folder)).output_dir
@@ -452,7 +454,7 @@ def test_an_update_that_disagrees_with_the_rollout_stops_the_run(stopped, monkey
         return prediction, unconditional
 
     monkeypatch.setattr(Denoiser, "predict", inexact)
-    message = stopped()
+    message = stopped("train.ratio_tolerance=1e-5")
     assert holds(message, ("iteration 1:", "|ratio - 1|", "train.ratio_tolerance=1e-05", "Raise the tolerance only"))
 
 
