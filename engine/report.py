@@ -132,14 +132,23 @@ def summary_table(summary: Mapping) -> str:
     Raises:
         ValueError: when the summary holds none of the models.
     """
-    table = _table(summary)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", *_notes(summary)])
+    return "\n".join([*_aligned(_table(summary)), "", *_notes(summary)])
+
+
+def steps_table(evaluation: Mapping) -> str:
+    """The table printed by `python -m engine.evaluate`: the teacher, then teacher and student at each number of steps.
+
+    Args:
+        evaluation: the content of evaluation.json: metrics under `teacher`, and under `teacher` and `student` of each
+            of `by_steps`.
+
+    Returns:
+        Lines without a closing newline.
+    """
+    rows = [("teacher", evaluation["teacher"])]
+    for entry in evaluation["by_steps"]:
+        rows += [(name, entry[name]) for name in ("teacher", "student")]
+    return "\n".join(_aligned([_HEADER, *([name, *_cells(metrics)] for name, metrics in rows)]))
 
 
 def markdown_table(summary: Mapping) -> str:
@@ -202,11 +211,24 @@ def _table(summary: Mapping) -> list[list[str]]:
     models = [key for key in SUMMARY_ROWS if key in summary]
     if not models:
         raise ValueError(f"the summary has none of {', '.join(SUMMARY_ROWS)}, only {', '.join(summary) or 'nothing'}")
-    table = [["", *(title for title, _ in SUMMARY_COLUMNS.values())]]
-    for model in models:
-        cells = (_format(summary[model].get(key), form) for key, (_, form) in SUMMARY_COLUMNS.items())
-        table.append([SUMMARY_ROWS[model], *cells])
-    return table
+    return [_HEADER, *([SUMMARY_ROWS[model], *_cells(summary[model])] for model in models)]
+
+
+_HEADER = ["", *(title for title, _ in SUMMARY_COLUMNS.values())]
+
+
+def _cells(metrics: Mapping) -> list[str]:
+    return [_format(metrics.get(key), form) for key, (_, form) in SUMMARY_COLUMNS.items()]
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return lines
 
 
 def _notes(summary: Mapping) -> list[str]:

@@ -10,7 +10,12 @@ from pathlib import Path
 # Run as a script, Python puts this folder on sys.path, where our modules would be found under top-level names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
+# Waiting threads sleep instead of spinning: with spinning, a neighbour on one core slows training tenfold. Read by OpenMP
+# when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse  # noqa: E402
+import logging  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,11 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", help="YAML file; default: the embedded digits")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5 zero.stage=2")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from engine.config import load_config
     from engine.errors import EngineError
 
+    for chatter in ("xformers", "bitsandbytes"):
+        # On import they warn of operators that this machine lacks, of which this command may use none.
+        logging.getLogger(chatter).setLevel(logging.ERROR)
     try:
         config = load_config(options.config, options.overrides)
         from engine.distillation import distill

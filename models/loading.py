@@ -65,12 +65,14 @@ def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | 
     """Write a network and a copy of a teacher's schedule as a directory that stock diffusers loads.
 
     Args:
-        directory: created; must not hold another model.
+        directory: created; must not hold anything.
         network: a diffusers model with its full weights.
         schedule_of: the diffusers directory whose scheduler goes along.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise LoadingError(f"{directory} is not empty and is not overwritten; name another folder")
     network.save_pretrained(directory / "unet", safe_serialization=True)
     scheduler = _scheduler(Path(schedule_of))
     scheduler.save_pretrained(directory / "scheduler")

@@ -15,7 +15,7 @@ class RunningBaseline:
 
     A sample's baseline also counts the other samples of its condition in this iteration, never its own reward, so it
     stays unbiased; a condition that is seen for the first time with one sample falls back to the batch's mean of the
-    other samples.
+    other samples, and where there are none, its advantage is 0.
     """
 
     def __init__(self, size: int, *, decay: float) -> None:
@@ -32,7 +32,7 @@ class RunningBaseline:
             rewards: (N,) of all ranks.
             conditions: (N,) int64 pool indices.
             scale: "none" leaves the deviation; "global_std" and "group_std" divide by its std over the batch (without
-                groups there is no other).
+                groups there is no other). A batch of one has no std, and is left as it is.
             clip: largest magnitude, or None.
         """
         reward = rewards.detach().double().cpu()
@@ -41,12 +41,13 @@ class RunningBaseline:
         count = torch.zeros_like(self.weight).index_add_(0, index, torch.ones_like(reward))
         others = self.total[index] + total[index] - reward
         weight = self.weight[index] + count[index] - 1
-        batch = (reward.sum() - reward) / max(1, len(reward) - 1)
+        alone = len(reward) == 1
+        batch = reward if alone else (reward.sum() - reward) / (len(reward) - 1)
         deviation = reward - torch.where(weight > 0, others / weight.clamp(min=1e-12), batch)
         seen = count > 0
         self.total[seen] = self.decay * self.total[seen] + total[seen]
         self.weight[seen] = self.decay * self.weight[seen] + count[seen]
-        if scale != "none":
+        if scale != "none" and not alone:
             deviation = deviation / (deviation.std(unbiased=False) + eps)
         if clip is not None:
             deviation = deviation.clamp(-clip, clip)

@@ -15,35 +15,59 @@ from engine import Config, load_config
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 SIZES = (
+    "seed=0",
+    "precision=fp32",
+    "iterations=2",
+    "resume=none",
     "teacher.steps=6",
     "teacher.guidance=1",
+    "teacher.cache=null",
     "student.steps=3",
     "student.guidance=1",
+    "student.init=teacher",
     "policy.kind=ddim",
     "policy.eta=0.5",
-    "iterations=2",
-    "precision=fp32",
-    "seed=0",
+    "policy.window=null",
     "rollout.conditions=4",
     "rollout.group_size=4",
-    "rollout.pool=8",
     "rollout.pairing=noise",
+    "rollout.pool=8",
+    "rollout.batch_size=null",
     "reward.terms={feature: 1}",
+    "advantage.scale=group_std",
+    "advantage.clip=5",
     "objective.kind=grpo",
+    "objective.clip_range=1e-2",
     "objective.kl_coef=0",
+    "objective.kl_kind=kl",
+    "objective.kl_alpha=null",
+    "objective.step_weights=none",
+    "objective.baseline_decay=0.9",
     "optimizer.kind=adamw",
     "optimizer.lr=1e-3",
+    "optimizer.betas=[0.9, 0.99]",
+    "optimizer.eps=1e-8",
+    "optimizer.weight_decay=0",
+    "optimizer.max_grad_norm=1",
+    "optimizer.schedule=constant",
+    "optimizer.final_lr=0.1",
+    "ema.decay=0.9",
     "train.micro_batch=16",
     "train.inner_epochs=1",
     "train.updates=2",
-    "train.ratio_tolerance=1e-3",
+    "train.ratio_tolerance=1e-3",  # a random network's late steps multiply the rounding of batches of other sizes
     "train.threads=1",
-    "evaluation.samples=100",
-    "evaluation.held_out=8",
+    "zero.stage=0",
+    "zero.offload=none",
+    "zero.deepspeed={}",
     "evaluation.every=1",
+    "evaluation.held_out=8",
+    "evaluation.samples=100",
+    "evaluation.seed=123",
     "checkpoint.every=1",
     "checkpoint.keep=2",
     "logging.tensorboard=false",
+    "logging.wandb=false",
 )
 """Everything that a test may rely on, so that defaults can be tuned without a test noticing."""
 
@@ -118,6 +142,28 @@ def tiny_config(tiny_overrides):
         return load_config({}, [f"output_dir={output_dir}", *tiny_overrides, *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stock_ddim():
+    """`stock_ddim(directory, noise, labels, steps, guidance)`: images by diffusers' own classes and nothing of ours."""
+
+    @torch.no_grad()
+    def draw(directory: Path, x: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+        from diffusers import DDIMScheduler, UNet2DModel
+
+        unet = UNet2DModel.from_pretrained(directory, subfolder="unet").eval()
+        scheduler = DDIMScheduler.from_pretrained(directory, subfolder="scheduler")
+        scheduler.set_timesteps(steps)
+        for timestep in scheduler.timesteps:
+            prediction = unet(x, timestep, class_labels=labels).sample
+            if guidance != 1:
+                nothing = unet(x, timestep, class_labels=torch.full_like(labels, 10)).sample
+                prediction = nothing + guidance * (prediction - nothing)
+            x = scheduler.step(prediction, timestep, x, eta=0.0).prev_sample
+        return x
+
+    return draw
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_two_ranks(arguments: list[str], cwd: Path) -> None:
+def by_the_launcher(arguments: list[str], cwd: Path) -> None:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     run = subprocess.run(
         [*launcher, "--master_port", str(free_port()), str(TRAIN), *arguments],
@@ -64,18 +64,44 @@ def on_two_ranks(arguments: list[str], cwd: Path) -> None:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
+def by_environment(arguments: list[str], cwd: Path) -> None:
+    """As other launchers start ranks: nothing but variables."""
+    processes = start_ranks([[str(TRAIN), *arguments]] * 2, cwd)
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]
+
+
+def start_ranks(commands: list[list[str]], cwd: Path) -> list[subprocess.Popen]:
+    shared = clean_environment() | {
+        "WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
 @pytest.mark.parametrize(
-    "how",
+    ("run", "overrides"),
     [
-        ("zero.stage=0", "objective.kind=grpo", "advantage.scale=group_std"),
-        ("zero.stage=2", "objective.kind=ppo", "advantage.scale=global_std"),
+        (by_the_launcher, ("zero.stage=0", "objective.kind=grpo", "advantage.scale=group_std")),
+        (by_environment, ("zero.stage=2", "objective.kind=ppo", "advantage.scale=global_std")),
     ],
-    ids=["stage 0, grpo", "stage 2, ppo"],
+    ids=["launcher, stage 0, grpo", "environment, stage 2, ppo"],
 )
-def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, how):
-    overrides = [*tiny_overrides, *FIXED, *how]
+def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, run, overrides):
+    overrides = [*tiny_overrides, *FIXED, *overrides]
     engine.distill(engine.load_config({}, [*overrides, f"output_dir={tmp_path / 'one'}"]))
-    on_two_ranks([*overrides, f"output_dir={tmp_path / 'two'}", "train.threads=null"], tmp_path)
+    run([*overrides, f"output_dir={tmp_path / 'two'}", "train.threads=null"], tmp_path)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for alone, together in zip(one, two, strict=True):
@@ -88,10 +114,9 @@ def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, how):
             elif name == "ratio/first_pass_error":
                 assert together[name] < 1e-4
             else:
-                # seen, from the rounding of other batch sizes: rewards 7e-6 relative, the norm 9e-6, the loss LOSSABS
-                absolute = 1e-5 if name == "loss/loss" else 1e-7
+                # seen, from the rounding of other batch sizes: rewards 7e-6 relative, the norm 9e-6, the loss 5e-7
+                absolute = 5e-6 if name == "loss/loss" else 1e-7
                 assert together[name] == pytest.approx(value, rel=3e-5, abs=absolute), name
-    print("LOSS", [(a["loss/loss"], t["loss/loss"] - a["loss/loss"]) for a, t in zip(one, two)])
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["threads_per_rank"] == max(1, CORES // 2)
@@ -145,18 +170,7 @@ print(json.dumps({
 
 
 def test_two_ranks_gather_rows_of_different_counts_in_the_order_of_ranks(tmp_path):
-    port = str(free_port())
-    processes = []
-    for rank, threads in enumerate(("null", "3")):
-        environment = clean_environment() | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        command = [sys.executable, "-c", TALK, threads]
-        processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True))
+    processes = start_ranks([["-c", TALK, "null"], ["-c", TALK, "3"]], tmp_path)
     said = [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in processes]
     for rank, word in enumerate(said):
         assert word["rank"] == rank

@@ -129,10 +129,12 @@ def test_advantages_are_clipped_on_both_sides():
 
 
 @pytest.mark.parametrize("scale", ["none", "global_std", "group_std"])
-def test_a_single_reward_gives_zero_and_no_nan(scale):
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_a_batch_of_one_has_no_advantage_at_first_and_then_its_bare_deviation(scale, clip):
     baseline = RunningBaseline(3, decay=0.9)
-    assert baseline.advantage(tensor(5.0), torch.tensor([1]), scale="global_std", clip=5.0).isfinite().all()
-    assert baseline.advantage(tensor(5.0), torch.tensor([1]), scale=scale, clip=5.0).tolist() == [0.0]
+    index = torch.tensor([1])
+    assert baseline.advantage(tensor(5.0), index, scale=scale, clip=clip).tolist() == [0.0]
+    assert baseline.advantage(tensor(5.5), index, scale=scale, clip=clip).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("scale", ["none", "global_std"])
