@@ -81,7 +81,7 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     ranks.barrier()
     if origin is not None and not checkpoint.carry_best(origin.parent, folder / "checkpoints", trainer.best):
         trainer.forget_best()
-    trainer.seconds["total"] += time.perf_counter() - started
+    trainer.account.seconds["total"] += time.perf_counter() - started
     _train(trainer, run, folder, teacher_dir, weights)
     summary = _finish(trainer, run, folder, teacher_dir, teacher)
     return Result(trainer.averaged, summary, folder)
@@ -126,7 +126,7 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir
                 refresh=False,
             )
             progress.update()
-            trainer.seconds["total"] += time.perf_counter() - clock
+            trainer.account.seconds["total"] += time.perf_counter() - clock
             if last or (config.checkpoint.every and trainer.iteration % config.checkpoint.every == 0):
                 checkpoint.write(
                     checkpoints, trainer.iteration, config.checkpoint.keep, lambda path: trainer.save(path, weights)
@@ -144,7 +144,7 @@ def _finish(
     guidance = config.student.guidance
     student_row = evaluator.row(trainer.averaged, config.student.steps, guidance=guidance)
     noisy_row = evaluator.row(trainer.averaged, config.student.steps, guidance=guidance, eta=config.policy.eta)
-    seconds = dict(trainer.seconds)
+    seconds = dict(trainer.account.seconds)
     seconds["evaluation"] = time.perf_counter() - clock
     seconds["total"] += seconds["evaluation"]
     summary = {
@@ -159,7 +159,7 @@ def _finish(
         "iterations": trainer.iteration,
         "best": trainer.best if trainer.best["iteration"] else None,
         "ratio_first_pass_error": trainer.worst_ratio_error,
-        "passes": {**trainer.passes, "final_evaluation": evaluator.passes},
+        "passes": {**trainer.account.passes, "final_evaluation": evaluator.passes},
         "seconds": seconds,
         "world_size": ranks.world_size(),
         "threads_per_rank": torch.get_num_threads(),

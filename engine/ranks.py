@@ -40,6 +40,13 @@ def device() -> torch.device:
     return torch.device(name, int(os.environ["LOCAL_RANK"])) if name != "cpu" else torch.device("cpu")
 
 
+def synchronize() -> None:
+    """Wait until this rank's device is idle, so that a clock read next is right."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
+
+
 def rank() -> int:
     return torch.distributed.get_rank()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 # Run as a script, Python puts this folder on sys.path, where our modules would be found under top-level names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-# Waiting threads sleep instead of spinning: with spinning, a neighbour on one core slows training tenfold. Read by OpenMP
-# when torch is loaded.
+# Waiting threads sleep instead of spinning: with spinning, a neighbour on one core slows training many times. OpenMP
+# reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse  # noqa: E402

@@ -11,10 +11,8 @@ import copy
 import dataclasses
 import json
 import math
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from engine import checkpoint, ranks, zero
+from engine.account import Account
 from engine.conditions import ConditionPool, noise, seed_of
 from engine.config import Config
 from engine.errors import EngineError
@@ -35,8 +34,6 @@ from engine.sampling import deterministic_policy, make_policy, sample, to_images
 from engine.teacher_cache import TeacherCache
 
 RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
-PASSES = ("teacher", "student_forward", "student_backward", "reference", "evaluation")
-"""Network evaluations of one latent, by role: what a run costs on any machine."""
 _ADVICE = "nothing was updated with it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,36 +100,30 @@ class Trainer:
         self.iteration = 0
         self.worst_ratio_error = 0.0
         self.forget_best()
-        self.passes: Counter[str] = Counter(dict.fromkeys(PASSES, 0))
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.account = Account()
 
     # ------------------------------------------------------------------ the algorithm
 
     def train_iteration(self) -> dict[str, float]:
         """One iteration; returns its metrics."""
-        passes_before, started = self.passes.copy(), time.perf_counter()
-        seconds_before = dict(self.seconds)
-        batch = self.draw_conditions()
-        policy = self.policies[self.iteration % len(self.policies)]
-        with self._timed("teacher"):
-            targets = self.teacher_images(self.pool, batch.indices)
-        with self._timed("rollout"):
-            trajectory = self.roll_out(batch, policy)
-        condition = _repeat(batch.condition, self.config.rollout.group_size)
-        with self._timed("reward"):
-            rewards, metrics = self.score(trajectory, targets, condition)
-        advantage = self.advantages(rewards, batch)
-        if self.iteration == 0:
-            self.check_first_pass(policy, trajectory, condition)
-        with self._timed("update"):
-            metrics |= self.update(batch, policy, trajectory, condition, advantage)
-        self.average_student()
-        self.iteration += 1
-        self.passes = self._total(passes_before)
-        passes = {f"passes/{name}": count - passes_before[name] for name, count in self.passes.items()}
-        seconds = {f"time/{name}": self.seconds[name] - seconds_before.get(name, 0.0) for name in self.seconds}
-        seconds["time/iteration"] = time.perf_counter() - started
-        return {"iteration": self.iteration, **metrics, **passes, **seconds}
+        with self.account.settled() as costs:
+            batch = self.draw_conditions()
+            policy = self.policies[self.iteration % len(self.policies)]
+            with self.account.timed("teacher"):
+                targets = self.teacher_images(self.pool, batch.indices)
+            with self.account.timed("rollout"):
+                trajectory = self.roll_out(batch, policy)
+            condition = _repeat(batch.condition, self.config.rollout.group_size)
+            with self.account.timed("reward"):
+                rewards, metrics = self.score(trajectory, targets, condition)
+            advantage = self.advantages(rewards, batch)
+            if self.iteration == 0:
+                self.check_first_pass(policy, trajectory, condition)
+            with self.account.timed("update"):
+                metrics |= self.update(batch, policy, trajectory, condition, advantage)
+            self.average_student()
+            self.iteration += 1
+        return {"iteration": self.iteration, **metrics, **costs}
 
     def draw_conditions(self) -> Batch:
         """This rank's share of the iteration's conditions; the list of all ranks is the same for any number of them."""
@@ -142,11 +133,11 @@ class Trainer:
         condition = {name: value.to(self.device) for name, value in self.pool.condition(indices).items()}
         return Batch(slots, indices, condition)
 
-    def teacher_images(self, pool: ConditionPool, indices: Tensor, *, account: str = "teacher") -> Tensor:
-        """Target images (M, C, H, W) in [0, 1], drawn once per condition; passes go to `account`."""
+    def teacher_images(self, pool: ConditionPool, indices: Tensor, *, role: str = "teacher") -> Tensor:
+        """Target images (M, C, H, W) in [0, 1], drawn once per condition; its passes count as `role`."""
         before = self.targets.passes
         latents = self.targets.targets(pool, indices, self.device)
-        self.passes[account] += self.targets.passes - before
+        self.account.passes[role] += self.targets.passes - before
         return to_images(latents)
 
     def roll_out(self, batch: Batch, policy: GaussianPolicy) -> Trajectory:
@@ -166,7 +157,7 @@ class Trainer:
             step_noise=lambda step: self._noise("step", batch, shape, rows=size, step=step),
             batch_size=config.rollout.batch_size,
         )
-        self.passes["student_forward"] += trajectory.passes
+        self.account.passes["student_forward"] += trajectory.passes
         return trajectory
 
     def score(self, trajectory: Trajectory, targets: Tensor, condition: Condition) -> tuple[Tensor, dict[str, float]]:
@@ -206,7 +197,7 @@ class Trainer:
             guidance=self.config.student.guidance,
             batch_size=self.micro_batch,
         )
-        self.passes["student_forward"] += len(trajectory.step) * self.student.passes(self._guidance)
+        self.account.passes["student_forward"] += len(trajectory.step) * self.student.passes(self._guidance)
         self._refuse_ratio(error)
 
     def update(
@@ -214,7 +205,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Inner epochs over the shuffled pairs; every minibatch holds as many pairs of each group."""
         config = self.config
-        self._set_learning_rate()
+        lr = zero.set_learning_rate(self.engine, config, self.iteration)
         sums: defaultdict[str, float] = defaultdict(float)
         first_pass, first_error, norms = True, 0.0, []
         for epoch in range(config.train.inner_epochs):
@@ -255,7 +246,7 @@ class Trainer:
         metrics = self._mean(metrics)
         first_error = self._max(first_error)
         self.worst_ratio_error = max(self.worst_ratio_error, first_error)
-        return {**metrics, "ratio/first_pass_error": first_error, "lr": self._learning_rate()}
+        return {**metrics, "ratio/first_pass_error": first_error, "lr": lr}
 
     def minibatches(self, batch: Batch, trajectory: Trajectory, epoch: int) -> Iterator[Tensor]:
         """Pair indices (pairs of a rank / updates,) of each optimizer step of an inner epoch.
@@ -286,26 +277,26 @@ class Trainer:
 
     def evaluate_held_out(self) -> dict[str, float]:
         """The averaged student's eta = 0 reward on held-out conditions."""
-        config, passes_before = self.config, self.passes.copy()
+        config = self.config
         indices = torch.arange(self.held_out.size)[ranks.share(self.held_out.size)]
-        targets = self.teacher_images(self.held_out, indices, account="evaluation")
-        final, passes = sample(
-            self.averaged,
-            deterministic_policy(self.averaged, config.student.steps),
-            self.held_out,
-            indices,
-            guidance=self._guidance,
-            device=self.device,
-            batch_size=config.rollout.batch_size,
-        )
-        self.passes["evaluation"] += passes
         condition = {name: value.to(self.device) for name, value in self.held_out.condition(indices).items()}
+        with self.account.settled():
+            targets = self.teacher_images(self.held_out, indices, role="evaluation")
+            final, passes = sample(
+                self.averaged,
+                deterministic_policy(self.averaged, config.student.steps),
+                self.held_out,
+                indices,
+                guidance=self._guidance,
+                device=self.device,
+                batch_size=config.rollout.batch_size,
+            )
+            self.account.passes["evaluation"] += passes
         try:
             with torch.no_grad():
                 total, _ = self.reward(to_images(final), targets, condition)
         except RewardError as error:
             raise EngineError(f"iteration {self.iteration}, on held-out conditions: {error}; {_ADVICE}") from None
-        self.passes = self._total(passes_before)
         return {"reward/held_out_eta0": ranks.gather(total.double()).mean().item()}
 
     def forget_best(self) -> None:
@@ -325,8 +316,8 @@ class Trainer:
                 "world_size": ranks.world_size(),
                 "best": self.best,
                 "worst_ratio_error": self.worst_ratio_error,
-                "passes": dict(self.passes),
-                "seconds": dict(self.seconds),
+                "passes": dict(self.account.passes),
+                "seconds": dict(self.account.seconds),
             }
             (folder / "trainer.json").write_text(json.dumps(state, indent=2))
 
@@ -347,8 +338,7 @@ class Trainer:
         self.iteration = state["iteration"]
         self.best = state["best"]
         self.worst_ratio_error = state["worst_ratio_error"]
-        self.passes = Counter(state["passes"])
-        self.seconds = defaultdict(float, state["seconds"])
+        self.account.restore(state["passes"], state["seconds"])
 
     # ------------------------------------------------------------------ sizes, rates and checks
 
@@ -390,15 +380,6 @@ class Trainer:
         seeds = [seed_of(kind, self.config.seed, self.iteration, int(slot), step) for slot in batch.slots]
         return noise(seeds, (rows, *shape)).flatten(0, 1)
 
-    def _learning_rate(self) -> float:
-        settings, progress = self.config.optimizer, self.iteration / max(1, self.config.iterations - 1)
-        falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-        return settings.lr * (settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule])
-
-    def _set_learning_rate(self) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-
     def _refuse_ratio(self, error: float) -> None:
         tolerance = self.config.train.ratio_tolerance or RATIO_TOLERANCE[self.config.precision]
         if not error <= tolerance:
@@ -414,15 +395,10 @@ class Trainer:
 
     def _count_update(self, pairs: int) -> None:
         evaluations = pairs * self.student.passes(self._guidance)
-        self.passes["student_forward"] += evaluations
-        self.passes["student_backward"] += evaluations
+        self.account.passes["student_forward"] += evaluations
+        self.account.passes["student_backward"] += evaluations
         if self.reference is not None:
-            self.passes["reference"] += evaluations
-
-    def _total(self, before: Counter[str]) -> Counter[str]:
-        # Not by the sum of counters, which drops every name that stands at 0.
-        added = ranks.gather(torch.tensor([[self.passes[name] - before[name] for name in PASSES]])).sum(0)
-        return Counter({name: before[name] + count for name, count in zip(PASSES, added.tolist(), strict=True)})
+            self.account.passes["reference"] += evaluations
 
     def _max(self, value: float) -> float:
         return ranks.gather(torch.tensor([value], dtype=torch.float64)).max().item()
@@ -430,14 +406,6 @@ class Trainer:
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         table = ranks.gather(torch.tensor([list(metrics.values())], dtype=torch.float64))
         return dict(zip(metrics, table.mean(0).tolist(), strict=True))
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.device.type != "cpu":
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - started
 
 
 def _repeat(condition: Condition, times: int) -> Condition:

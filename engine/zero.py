@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +92,21 @@ def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumula
         # DeepSpeed allocates the states by a step on zero gradients, which would count as Adam's first.
         engine.optimizer.state.clear()
     return engine
+
+
+def learning_rate(config: Config, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 0: optimizer.lr, falling to its final_lr share as scheduled."""
+    settings, progress = config.optimizer, iteration / max(1, config.iterations - 1)
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule])
+
+
+def set_learning_rate(engine: Any, config: Config, iteration: int) -> float:
+    """Give every parameter group the learning rate of an iteration, and return it."""
+    lr = learning_rate(config, iteration)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:

@@ -146,7 +146,7 @@ def test_5_the_teachers_target_is_the_same_image_every_time(start):
         torch.manual_seed(seed)
         assert not bool(trainer.targets.policy.stochastic.any())
         targets.append(trainer.teacher_images(trainer.pool, torch.tensor([3, 0])))
-        assert trainer.passes["teacher"] == 2 * 6
+        assert trainer.account.passes["teacher"] == 2 * 6
     assert torch.equal(targets[0], targets[1])
 
 
@@ -192,10 +192,10 @@ def test_8_a_batch_of_one_sample_trains_without_nan(start):
 def test_9_evaluation_has_the_guidance_of_training_and_no_noise(start):
     trainer = start("student.guidance=2", "teacher.guidance=2", "evaluation.held_out=8")
     trainer.evaluate_held_out()
-    before = trainer.passes["evaluation"]
+    before = trainer.account.passes["evaluation"]
     assert before == 2 * 8 * 6 + 2 * 8 * 3  # the teacher's images, then the student's; both halves of guidance
     trainer.evaluate_held_out()
-    assert trainer.passes["evaluation"] - before == 2 * 8 * 3
+    assert trainer.account.passes["evaluation"] - before == 2 * 8 * 3
 
 
 def test_9_evaluation_never_reuses_the_images_of_an_earlier_student(start):
