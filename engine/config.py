@@ -159,7 +159,7 @@ class Train(Section):
     """Optimizer steps per inner epoch. With one update and one epoch every step is on-policy and never clipped."""
     ratio_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest |ratio - 1| before the first update of an iteration; beyond it training stops. None: 1e-5 in fp32,
-    0.05 in bf16 and fp16 (docs/method.md has the measurement)."""
+    0.05 in bf16 and fp16 (docs/method.md says what was measured)."""
     threads: Positive | None = None
     """CPU threads of each rank. None: the machine's cores over its ranks."""
 

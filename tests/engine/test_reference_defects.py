@@ -115,6 +115,7 @@ def test_3_samples_are_compared_with_the_teachers_image_of_their_own_condition(s
     images = to_images(trajectory.final)
     expected = [-((images[i] - targets[i // 4]) ** 2).mean().item() for i in range(16)]
     assert rewards.tolist() == pytest.approx(expected, rel=1e-5)
+    assert trainer.train_iteration()["reward/mean"] == pytest.approx(sum(expected) / 16, rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", ["global_std", "none"])

@@ -17,6 +17,7 @@ import engine
 from engine import preflight, ranks, zero
 from engine.distillation import load
 from engine.errors import EngineError
+from engine.rl.rollout import coefficients, predict_step
 from engine.trainer import Trainer
 
 DESIGNED_KEYS = {
@@ -159,15 +160,23 @@ def test_pairing_decides_whether_a_group_starts_from_the_noise_of_the_teacher(st
         assert len(rows.unique(dim=0)) == 4 * 4 + 4
 
 
-def test_noise_of_steps_differs_between_samples_steps_and_iterations(start):
+def test_noise_differs_between_samples_steps_and_iterations(start):
     trainer = start()
-    batch = trainer.draw_conditions()
-    rows = []
+    policy, rows = trainer.policies[0], []
     for iteration in range(2):
         trainer.iteration = iteration
-        rows += [trainer._noise("step", batch, trainer.pool.latent_shape, rows=4, step=step) for step in range(2)]
-    rows = torch.cat(rows)
-    assert len(rows.unique(dim=0)) == len(rows) == 2 * 2 * 16
+        batch = trainer.draw_conditions()
+        drawn = trainer.roll_out(batch, policy)
+        labels = batch.condition["class_labels"].repeat_interleave(4)[drawn.sample]
+        with torch.no_grad():
+            pred, _ = predict_step(trainer.student, policy, drawn.latents, drawn.step, {"class_labels": labels}, 1.0)
+        a, b, std = (value.view(-1, 1, 1, 1) for value in coefficients(policy, drawn.step))
+        rows.append(((drawn.next_latents - a * drawn.latents - b * pred) / std).flatten(1))
+    noise = torch.cat(rows)
+    assert len(noise) == 2 * 2 * 16
+    assert 0.9 < noise.std() < 1.1
+    # 64 numbers a row: between independent rows the correlation is 1/8 or so, between the same noise it is 1
+    assert (torch.corrcoef(noise) - torch.eye(len(noise))).abs().max() < 0.8
 
 
 def test_window_moves_over_the_stochastic_steps_and_starts_again(start):
@@ -413,19 +422,13 @@ def test_rows_hold_the_keys_of_the_design_and_nothing_that_json_cannot_carry(sta
 
 
 def test_reward_metrics_are_those_of_the_rewards(start):
-    trainer = start()
-    values = torch.arange(16, dtype=torch.float32) ** 2
-
+    trainer = start("rollout.group_size=2")
+    values = torch.arange(8, dtype=torch.float32) ** 2
     trainer.reward = lambda images, targets, condition: (values, {"square": values})
     row = trainer.train_iteration()
-    truth = values.double()
-    assert row["reward/mean"] == pytest.approx(truth.mean().item())
-    assert row["reward/square"] == pytest.approx(truth.mean().item())
-    assert row["reward/std"] == pytest.approx(truth.std(unbiased=False).item())
-    groups = truth.view(4, 4)
-    assert row["reward/within_group_std"] == pytest.approx(
-        ((groups - groups.mean(1, keepdim=True)) ** 2).mean(1).sqrt().mean().item()
-    )
+    assert row["reward/mean"] == row["reward/square"] == 17.5
+    assert row["reward/std"] == pytest.approx(math.sqrt(sum((i * i - 17.5) ** 2 for i in range(8)) / 8))
+    assert row["reward/within_group_std"] == (0.5 + 2.5 + 4.5 + 6.5) / 4  # half the difference of each pair
 
 
 def test_equal_rewards_leave_the_student_as_it_was(start):
