@@ -46,6 +46,7 @@ FIXED = (
     "optimizer.weight_decay=0",
     "optimizer.max_grad_norm=1",
     "optimizer.schedule=constant",
+    "objective.baseline_decay=0.9",
     "ema.decay=0.9",
     "zero.stage=0",
     "zero.offload=none",
@@ -141,6 +142,32 @@ def test_a_reward_of_opposite_sign_is_learned_in_the_opposite_direction(start):
 
     trainer.reward = darkness
     assert learned(trainer) > 0.25
+
+
+def test_ppo_compares_a_sample_with_what_its_condition_was_rewarded_before(start):
+    trainer = start("objective.kind=ppo", "advantage.scale=none", "rollout.pool=4", "rollout.conditions=4")
+    first = trainer.draw_conditions()
+    trainer.advantages(first.indices.repeat_interleave(4).float(), first)
+    trainer.iteration = 1
+    batch = trainer.draw_conditions()
+    assert batch.indices.tolist() != first.indices.tolist()  # the same conditions in another order
+    again = batch.indices.repeat_interleave(4).float()
+    assert trainer.advantages(again, batch).abs().max() < 1e-6
+    trainer.iteration = 2
+    batch = trainer.draw_conditions()
+    better = batch.indices.repeat_interleave(4).float() + 1  # by as much for every sample: nothing to GRPO
+    weight = 0.9 * 4 + 4  # of the two earlier visits, next to the three other samples of this one
+    expected = torch.full((16,), 1 - 3 / (weight + 3))
+    torch.testing.assert_close(trainer.advantages(better, batch), expected, rtol=1e-5, atol=0)
+
+
+def test_grpo_compares_a_sample_with_its_group_alone(start):
+    trainer = start("objective.kind=grpo", "advantage.scale=none")
+    batch = trainer.draw_conditions()
+    rewards = torch.arange(16.0)
+    for _ in range(2):
+        advantage = trainer.advantages(rewards, batch)
+        assert advantage.tolist() == [-1.5, -0.5, 0.5, 1.5] * 4
 
 
 # rollouts
