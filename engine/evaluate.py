@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine import preflight, ranks, report
+from engine.chatter import silence
 from engine.conditions import ConditionPool
 from engine.config import Config, load_config
 from engine.errors import EngineError
@@ -174,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="images per row; default: evaluation.samples of the run")
     parser.add_argument("--output", type=Path, help="JSON file; default: RUN/evaluation.json")
     options = parser.parse_args(arguments)
+    silence()
     output = options.output or options.run / "evaluation.json"
     try:
         if output.exists():

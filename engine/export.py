@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_model
 
+from engine.chatter import silence
 from engine.checkpoint import existing
 from engine.config import load_config
 from engine.distillation import load, teacher_directory
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="a new folder")
     parser.add_argument("--checkpoint", help='"best" or a name below RUN/checkpoints; default: the newest')
     options = parser.parse_args(arguments)
+    silence()
     try:
         export(options.run, options.output, options.checkpoint)
     except EngineError as error:

@@ -15,7 +15,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse  # noqa: E402
-import logging  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,12 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5 zero.stage=2")
     options = parser.parse_intermixed_args(arguments)
 
+    from engine.chatter import silence
     from engine.config import load_config
     from engine.errors import EngineError
 
-    for chatter in ("xformers", "bitsandbytes"):
-        # On import they warn of operators that this machine lacks, of which this command may use none.
-        logging.getLogger(chatter).setLevel(logging.ERROR)
+    silence()
     try:
         config = load_config(options.config, options.overrides)
         from engine.distillation import distill

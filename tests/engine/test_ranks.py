@@ -33,7 +33,7 @@ FIXED = (
     "train.micro_batch=6",
     "train.ratio_tolerance=1e-3",
     "evaluation.held_out=9",
-    "evaluation.every=1",
+    "evaluation.every=2",
     "iterations=2",
 )
 
