@@ -158,8 +158,8 @@ class Train(Section):
     updates: Positive = 1
     """Optimizer steps per inner epoch. With one update and one epoch every step is on-policy and never clipped."""
     ratio_tolerance: Annotated[float, Field(gt=0)] | None = None
-    """Largest |ratio - 1| before the first update of an iteration; beyond it training stops. None: 1e-5 in fp32,
-    0.05 in bf16 and fp16 (docs/method.md says what was measured)."""
+    """Largest |ratio - 1| before the first update of an iteration; beyond it training stops. None: in fp32 what
+    rounding explains, 1e-6 of the largest |b| / std of a step and at least 1e-5; 0.05 in bf16 and fp16."""
     threads: Positive | None = None
     """CPU threads of each rank. None: the machine's cores over its ranks."""
 

@@ -29,11 +29,10 @@ from engine.rl import GaussianPolicy
 from engine.rl.advantages import RunningBaseline, grpo_advantage
 from engine.rl.losses import pair_loss, step_weights
 from engine.rl.rewards import CompositeReward, RewardError
-from engine.rl.rollout import Trajectory, first_pass_error, rollout
+from engine.rl.rollout import Trajectory, default_ratio_tolerance, first_pass_error, rollout
 from engine.sampling import deterministic_policy, make_policy, sample, to_images
 from engine.teacher_cache import TeacherCache
 
-RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
 _ADVICE = "nothing was updated with it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,6 +82,9 @@ class Trainer:
         )
         self.policies = self._policies(student)
         self.step_weights = step_weights(self._policy(student), config.objective.step_weights)
+        self.ratio_tolerance = config.train.ratio_tolerance or default_ratio_tolerance(
+            self._policy(student), config.precision
+        )
         self.reference = None
         if config.objective.kl_coef:
             frozen = copy.deepcopy(student.network).requires_grad_(False).to(DTYPES[config.precision])
@@ -381,7 +383,7 @@ class Trainer:
         return noise(seeds, (rows, *shape)).flatten(0, 1)
 
     def _refuse_ratio(self, error: float) -> None:
-        tolerance = self.config.train.ratio_tolerance or RATIO_TOLERANCE[self.config.precision]
+        tolerance = self.ratio_tolerance
         if not error <= tolerance:
             raise EngineError(
                 f"iteration {self.iteration + 1}: |ratio - 1| before the first update is {error:.3g}, beyond "

@@ -140,6 +140,18 @@ def first_pass_error(
     return worst
 
 
+def default_ratio_tolerance(policy: GaussianPolicy, precision: str) -> float:
+    """The largest |ratio - 1| before an update that rounding explains.
+
+    A network rounds differently in other batch sizes, by some 2e-7 in fp32, and the log-prob multiplies that by
+    |b| / std of the step. In "bf16" and "fp16", 0.05: an error of the guidance or the sampler is of the order of 1.
+    """
+    if precision != "fp32":
+        return 0.05
+    scored = policy.stochastic
+    return max(1e-5, 1e-6 * float((policy.b[scored].abs() / policy.std[scored]).max()))
+
+
 def _take(condition: Condition, rows: Tensor) -> Condition:
     return {name: value[rows] for name, value in condition.items()}
 

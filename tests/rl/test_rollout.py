@@ -14,7 +14,7 @@ from engine.models.digits import TEACHER_DIR
 from engine.models.loading import load_denoiser
 from engine.rl import ddim_policy, flow_sde_policy
 from engine.rl.losses import pair_loss
-from engine.rl.rollout import coefficients, first_pass_error, predict_step, rollout
+from engine.rl.rollout import coefficients, default_ratio_tolerance, first_pass_error, predict_step, rollout
 
 ROWS, GROUP, STEPS = 3, 4, 5
 SAMPLES = ROWS * GROUP
@@ -365,3 +365,12 @@ def test_passes_are_the_rows_that_went_through_the_network(denoiser, guidance, p
         denoiser.with_network(network), make_policy(denoiser, window=window), guidance=guidance, batch_size=5
     )
     assert trajectory.passes == network.rows == latents * per_latent
+
+
+def test_the_default_tolerance_follows_what_a_step_makes_of_rounding():
+    alphas = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
+    mild, steep = (ddim_policy(alphas, torch.tensor(steps), eta=1.0) for steps in ([900, 500], [900, 500, 1, 0]))
+    worst = max(abs(b) / s for b, s in zip(steep.b.tolist(), steep.std.tolist(), strict=True) if s > 0)
+    assert default_ratio_tolerance(steep, "fp32") == pytest.approx(max(1e-5, 1e-6 * worst))
+    assert default_ratio_tolerance(mild, "fp32") == 1e-5
+    assert default_ratio_tolerance(steep, "bf16") == 0.05
