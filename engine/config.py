@@ -65,8 +65,8 @@ class Policy(Section):
     """Noise of the sampler during training: DDIM's eta, the SDE's noise level. Evaluation is at 0."""
     window: Positive | None = 1
     """Number of consecutive steps that are stochastic in one iteration, at a place that changes from iteration to
-    iteration; the other steps are deterministic and, before the window, computed once per group. One step at a time
-    tells a sample's reward from nothing but that step's noise, and costs a third of the passes. None: all steps."""
+    iteration; the other steps are deterministic and, before the window, computed once per group. With one
+    step a sample's reward differs by nothing but that step's noise, at 40 % of the passes. None: all steps."""
 
 
 class Rollout(Section):
