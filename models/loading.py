@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | 
         network: a diffusers model with its full weights.
         schedule_of: the diffusers directory whose scheduler goes along.
     """
+    from diffusers import DDIMScheduler
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
@@ -76,12 +79,12 @@ def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | 
     network.save_pretrained(directory / "unet", safe_serialization=True)
     scheduler = _scheduler(Path(schedule_of))
     scheduler.save_pretrained(directory / "scheduler")
-    index = {
-        "_class_name": "DDIMPipeline",
-        "unet": ["diffusers", type(network).__name__],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-    }
-    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if isinstance(
+        scheduler, DDIMScheduler
+    ):  # diffusers has no pipeline of a class-conditional flow: load its two parts
+        parts = {"unet": ["diffusers", type(network).__name__], "scheduler": ["diffusers", "DDIMScheduler"]}
+        index = json.dumps({"_class_name": "DDIMPipeline", **parts}, indent=2)
+        (directory / "model_index.json").write_text(index + "\n")
 
 
 def fingerprint(denoiser: Denoiser) -> str:
@@ -113,9 +116,18 @@ def _read_config(directory: Path, part: str) -> dict[str, object]:
 def _scheduler(directory: Path) -> Any:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    name = _read_config(directory, "scheduler/scheduler_config.json").get("_class_name")
-    kind = FlowMatchEulerDiscreteScheduler if name == "FlowMatchEulerDiscreteScheduler" else DDIMScheduler
-    return kind.from_pretrained(directory, subfolder="scheduler")
+    config = _read_config(directory, "scheduler/scheduler_config.json")
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
+    cuts = [key for key in ("clip_sample", "thresholding") if config.get(key)]
+    if cuts:
+        # A cut is not affine, so no Gaussian policy has it; what is exported samples as it was trained.
+        warnings.warn(
+            f"{directory}/scheduler has {' and '.join(f'{key}=true' for key in cuts)}; the sampler's steps are affine "
+            "and cut nothing, so its images differ from those of the stock scheduler",
+            stacklevel=3,
+        )
+    return DDIMScheduler.from_pretrained(directory, subfolder="scheduler", clip_sample=False, thresholding=False)
 
 
 def _schedule(scheduler: Any) -> Schedule:

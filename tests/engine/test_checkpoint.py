@@ -438,3 +438,12 @@ def test_unfinished_folders_are_removed_and_former_ones_come_back_where_nothing_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "iteration-000001", "iteration-000002"]
     assert (tmp_path / "best" / "inside" / "name").read_text() == ".former-best"
     assert (tmp_path / "iteration-000001" / "inside" / "name").read_text() == "iteration-000001"
+
+
+def test_a_folder_is_replaced_also_where_a_killed_process_left_its_former_one(tmp_path):
+    for name in ("student", ".former-student", ".unfinished-student"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(f"old {name}")
+    checkpoint.replace(tmp_path / "student", lambda path: (path / "weights").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert contents(tmp_path / "student") == {"weights": b"new"}

@@ -118,6 +118,12 @@ def test_without_a_source_the_embedded_digits_are_distilled():
     assert load_config().teacher.path == "digits"
 
 
+def test_numbers_of_a_file_are_read_like_those_of_an_override(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optimizer: {lr: 1e-5}\nzero: {deepspeed: {top: 1e3, name: '1e3'}}\n")
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.optimizer.lr, config.zero.deepspeed) == (1e-5, {"top": 1000.0, "name": "1e3"})
+
+
 def test_an_empty_file_is_all_defaults(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert load_config(tmp_path / "empty.yaml") == Config()

@@ -102,10 +102,8 @@ def test_saving_keeps_the_schedule_of_the_directory_that_is_named(tmp_path, teac
     save_denoiser(tmp_path / "copy", flow.network, teacher)
     saved = load_denoiser(tmp_path / "copy")
     assert torch.equal(saved.schedule.sigmas(5), flow.schedule.sigmas(5))
-    assert json.loads((tmp_path / "copy" / "model_index.json").read_text())["scheduler"] == [
-        "diffusers",
-        "FlowMatchEulerDiscreteScheduler",
-    ]
+    # diffusers would open it as a DDIMPipeline, and sample a velocity as if it were noise.
+    assert not (tmp_path / "copy" / "model_index.json").exists()
 
 
 def test_saving_over_something_is_refused(tmp_path, original):
@@ -190,6 +188,14 @@ def test_the_prediction_type_is_read_from_the_scheduler(teacher, prediction_type
     denoiser = with_scheduler(teacher, DDIMScheduler(prediction_type=prediction_type, clip_sample=False))
     assert isinstance(denoiser.schedule, DiffusionSchedule)
     assert denoiser.schedule.prediction_type == prediction_type
+
+
+def test_a_schedule_that_cuts_is_warned_of_and_exported_as_it_was_sampled(tmp_path, teacher):
+    with pytest.warns(UserWarning, match=r"clip_sample=true; .* differ from those of the stock scheduler"):
+        denoiser = with_scheduler(teacher, DDIMScheduler(clip_sample=True))
+    with pytest.warns(UserWarning, match="clip_sample"):
+        save_denoiser(tmp_path / "copy", denoiser.network, teacher)
+    assert not DDIMScheduler.from_pretrained(tmp_path / "copy", subfolder="scheduler").config.clip_sample
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
