@@ -79,9 +79,8 @@ def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | 
     network.save_pretrained(directory / "unet", safe_serialization=True)
     scheduler = _scheduler(Path(schedule_of))
     scheduler.save_pretrained(directory / "scheduler")
-    if isinstance(
-        scheduler, DDIMScheduler
-    ):  # diffusers has no pipeline of a class-conditional flow: load its two parts
+    # diffusers has no pipeline for a flow without text, so such a student is loaded by its two parts.
+    if isinstance(scheduler, DDIMScheduler):
         parts = {"unet": ["diffusers", type(network).__name__], "scheduler": ["diffusers", "DDIMScheduler"]}
         index = json.dumps({"_class_name": "DDIMPipeline", **parts}, indent=2)
         (directory / "model_index.json").write_text(index + "\n")
