@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,27 @@ SIZES = (
     "logging.wandb=false",
 )
 """Everything that a test may rely on, so that defaults can be tuned without a test noticing."""
+FIXED = (
+    "policy.window=null",
+    "rollout.batch_size=null",
+    "advantage.scale=group_std",
+    "advantage.clip=5",
+    "objective.clip_range=1e-2",
+    "objective.step_weights=none",
+    "optimizer.betas=[0.9, 0.99]",
+    "optimizer.eps=1e-8",
+    "optimizer.weight_decay=0",
+    "optimizer.max_grad_norm=1",
+    "optimizer.schedule=constant",
+    "objective.baseline_decay=0.9",
+    "ema.decay=0.9",
+    "zero.stage=0",
+    "zero.offload=none",
+    "zero.deepspeed={}",
+    "train.ratio_tolerance=1e-3",
+)
+"""What `tiny_config` leaves at defaults that may be tuned. A convolution rounds differently in other batch
+sizes, which late steps multiply by |b| / std, hence the tolerance."""
 
 
 def _write_teacher(directory: Path, scheduler: object, *, seed: int = 0, **network: object) -> Path:
@@ -140,6 +162,24 @@ def tiny_config(tiny_overrides):
 
     def make(output_dir: Path | str, *overrides: str) -> Config:
         return load_config({}, [f"output_dir={output_dir}", *tiny_overrides, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def start(tiny_config, tmp_path):
+    """`start("key=value", ...)`: a trainer of the tiny run, with a teacher cache of its own."""
+
+    def make(*overrides: str):
+        from engine import preflight, ranks
+        from engine.distillation import load
+        from engine.trainer import Trainer
+
+        config = tiny_config(tmp_path / "run", *FIXED, *overrides)
+        ranks.start(1)
+        teacher, student = (load(Path(config.teacher.path), "teacher.path") for _ in range(2))
+        reward = preflight.check(config, teacher, student, 1)
+        return Trainer(config, teacher, student, reward, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     return make
 

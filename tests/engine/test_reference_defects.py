@@ -23,15 +23,11 @@ Peers. Log-probs of tensors that are rounded afterwards: tests/rl/test_rollout.p
 import copy
 import dataclasses
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from engine import preflight, ranks
-from engine.distillation import load
 from engine.models.digits import TEACHER_DIR
 from engine.models.loading import load_denoiser
 from engine.rl import flow_sde_policy
@@ -39,22 +35,6 @@ from engine.rl.advantages import grpo_advantage
 from engine.rl.losses import pair_loss
 from engine.rl.rollout import rollout
 from engine.sampling import to_images
-from engine.trainer import Trainer
-
-
-@pytest.fixture
-def start(tiny_config, tmp_path):
-    """`start("key=value", ...)`: a trainer of the tiny run, with a teacher cache of its own."""
-
-    def make(*overrides: str) -> Trainer:
-        fixed = ("train.ratio_tolerance=1e-3", "policy.window=null", "objective.step_weights=none", "advantage.clip=5")
-        config = tiny_config(tmp_path / "run", *fixed, *overrides)
-        ranks.start(1)
-        teacher, student = (load(Path(config.teacher.path), "teacher.path") for _ in range(2))
-        reward = preflight.check(config, teacher, student, 1)
-        return Trainer(config, teacher, student, reward, Path(tempfile.mkdtemp(dir=tmp_path)))
-
-    return make
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

@@ -2,56 +2,19 @@
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from engine import load_config, preflight, ranks, zero
-from engine.distillation import load
+from engine import load_config, zero
 from engine.errors import EngineError
 from engine.rl.losses import pair_loss
 from engine.trainer import Trainer
 
 STAGES = [0, 1, 2, 3]
-FIXED = (
-    "policy.window=null",
-    "rollout.batch_size=null",
-    "advantage.scale=group_std",
-    "advantage.clip=5",
-    "objective.clip_range=1e-2",
-    "objective.step_weights=none",
-    "optimizer.betas=[0.9, 0.99]",
-    "optimizer.eps=1e-8",
-    "optimizer.weight_decay=0",
-    "optimizer.max_grad_norm=1",
-    "optimizer.schedule=constant",
-    "ema.decay=0.9",
-    "zero.stage=0",
-    "zero.offload=none",
-    "zero.deepspeed={}",
-    "train.ratio_tolerance=1e-3",
-)
-"""What the tiny configuration leaves at defaults that may be tuned. A convolution rounds differently in other batch
-sizes, which late steps multiply by |b| / std, hence the tolerance."""
 FIRST_STEP = ("policy.window=1", "rollout.group_size=8")
 """Train on the first step alone: 4 x 8 pairs, whose gradient multiplies the network's rounding by 10, not by 100."""
-
-
-@pytest.fixture
-def start(tiny_config, tmp_path):
-    """`start("key=value", ...)`: a trainer of the tiny run."""
-
-    def make(*overrides: str) -> Trainer:
-        config = tiny_config(tmp_path / "run", *FIXED, *overrides)
-        ranks.start(1)
-        teacher, student = (load(Path(config.teacher.path), "teacher.path") for _ in range(2))
-        reward = preflight.check(config, teacher, student, 1)
-        return Trainer(config, teacher, student, reward, Path(tempfile.mkdtemp(dir=tmp_path)))
-
-    return make
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -336,3 +299,12 @@ def test_bf16_takes_the_same_first_step_with_and_without_zero(start):
         moved[stage] = distance(weights(trainer), before)
     assert moved[1] == pytest.approx(moved[0], rel=1e-4)
     assert moved[2] == pytest.approx(moved[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "placement", [("zero.stage=2", "zero.offload=optimizer"), ("zero.stage=3", "zero.offload=parameters")]
+)
+def test_offload_changes_where_states_are_and_nothing_else(start, placement):
+    stage, _ = placement
+    kept, offloaded = (numbers(start(*FIRST_STEP, *keys).train_iteration()) for keys in ((stage,), placement))
+    assert offloaded == pytest.approx(kept, rel=1e-5, abs=1e-7)
