@@ -57,6 +57,24 @@ def per_sample(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((batch,), number, dtype=dtype, device=like.device)
 
 
+def per_sample_int(name: str, value: Tensor | int, like: Tensor) -> Tensor:
+    """An int64 tensor on the device of ``like`` (B, ...): (B,), or () for one number. An int costs a fill."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {value.dtype}; it must be int64")
+        if value.dim() and value.shape != like.shape[:1]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but the batch holds {like.shape[0]} samples; "
+                f"pass an int or a tensor of shape () or ({like.shape[0]},)"
+            )
+        return value.to(like.device).contiguous()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value} does not fit into 64 bits; pass a number from -2**63 to 2**63 - 1")
+    return torch.full((), value, dtype=torch.int64, device=like.device)
+
+
 def check_std(std: Tensor | float) -> None:
     """Raise when a scalar std is negative. A tensor is not read back from its device: its negatives give nan."""
     if not isinstance(std, Tensor) and check_number("std", std) < 0:

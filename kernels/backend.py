@@ -7,7 +7,8 @@ before the first import). ``ENGINE_KERNELS=torch`` or ``ENGINE_KERNELS=triton`` 
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 VARIABLE = "ENGINE_KERNELS"
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LIBRARY = torch.library.Library("engine_kernels", "DEF")
+_NOTHING = contextlib.nullcontext()
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -41,7 +43,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
 
 def register(schema: str, *, reference: Callable, kernels: Callable, fake: Callable) -> Callable:
-    """Define the operator ``engine_kernels::<schema>`` and return its overload, to be called positionally.
+    """Define the operator ``engine_kernels::<schema>`` and return the function that calls it, positionally.
 
     Args:
         schema: torch schema without defaults; the first argument is a tensor and decides the back end.
@@ -58,11 +60,61 @@ def register(schema: str, *, reference: Callable, kernels: Callable, fake: Calla
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"engine_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.engine_kernels, name).default
+    operator = getattr(torch.ops.engine_kernels, name).default
+
+    def call(*arguments):
+        # The way through torch's dispatcher costs the host as much as a launch. Only who watches or traces needs it.
+        first = arguments[0]
+        if (
+            type(first) in (Tensor, torch.nn.Parameter)
+            and not first.is_meta
+            and not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+        ):
+            return run(*arguments)
+        return operator(*arguments)
+
+    return call
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float], *, num_warps: int, **constants: Any
+) -> None:
+    """Run ``programs`` programs of a Triton kernel on the device of its first tensor.
+
+    Triton works out at every launch which of its compiled variants fits, which costs the host more than the launch
+    itself. Here a variant is looked up by what it can depend on, once Triton has compiled it.
+
+    Args:
+        kernel: the decorated kernel; its parameters are tensors, numbers, ``tl.constexpr`` ones, in this order.
+        programs: size of the grid, >= 1.
+        tensors, numbers, constants: its arguments, in order. Ints are sizes; floats reach the kernel as fp32.
+        num_warps: warps a program.
+    """
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    key = (
+        kernel, tensors[0].device, num_warps, *constants.values(), *[tensor.dtype for tensor in tensors],
+        *[number for number in numbers if type(number) is int],
+    )  # fmt: skip
+    with launching_on(tensors[0]):
+        compiled = _compiled.get(key)
+        if compiled is not None and addresses % 16 == 0:
+            compiled[programs, 1, 1](*tensors, *numbers, *constants.values())
+            return
+        # no fused multiply-add: which ones a compiler forms differs between kernels, and with it a row's bits
+        compiled = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        # AMD's variants also depend on the size of the storage behind a pointer; the interpreter compiles nothing
+        if addresses % 16 == 0 and torch.version.hip is None and not INTERPRETED:
+            _compiled[key] = compiled
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Context in which Triton launches on the device of ``tensor`` (it launches on the current one)."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    return _NOTHING

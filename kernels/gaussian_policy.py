@@ -8,15 +8,24 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_batch, check_finite, check_like, check_std, per_sample, reduction_factors
-from .backend import launching_on, register
+from .arguments import (
+    check_batch,
+    check_finite,
+    check_like,
+    check_std,
+    per_sample,
+    per_sample_int,
+    reduction_factors,
+)
+from .backend import launch, register
+from .noise import Noise, standard_normal_reference
+from .policy_backward import policy_backward
 from .rows import (
     column,
     compute_dtype,
     guided,
     in_layout,
     mean_of,
-    policy_backward,
     row_strides,
     row_sums,
     row_totals,
@@ -38,6 +47,8 @@ def policy_sample(
     guidance: float = 1.0,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Take one step x_next = mean + std z and score the step as it is stored.
@@ -53,32 +64,44 @@ def policy_sample(
             std = 0 is a deterministic step: x_next = mean and log_prob = 0.
         pred_uncond: like x, the output without the condition.
         guidance: weight of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); read only with pred_uncond.
-        noise: like x, standard normal z; drawn in float32 when None.
-        generator: draws the noise, on its own device.
+        noise: like x, standard normal z. Without it, z is drawn in float32: by ``torch.randn``, or from a seed.
+        generator: of ``torch.randn``, on its own device.
+        seed, offset: draw z inside the kernel, where it costs no memory: the z of a sample is a function of its seed,
+            its offset and the positions of its elements in memory alone, whatever the batch, the rank or the device
+            (up to rounding). Each an int64 tensor (B,) or (), or an int; one seed serves all samples, one offset
+            numbers them: sample i draws from offset + i. offset None: 0. A captured CUDA graph reads the tensors anew
+            at each replay: advance one in place. See ``engine.kernels.noise`` for the generator.
         reduction: over a sample's elements, see ``policy_log_prob``.
 
     Returns:
         x_next, like x in shape, dtype and layout; log_prob, (B,) float32.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, shape or value; both noise and generator given.
+        TypeError, ValueError: an argument of a wrong type, shape or value; more than one source of noise.
     """
     check_batch("x", x)
     check_like("pred", pred, "x", x)
     if pred_uncond is not None:
         check_like("pred_uncond", pred_uncond, "x", x)
-    if noise is None:
+    given = [
+        name for name, source in (("noise", noise), ("generator", generator), ("seed", seed)) if source is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; pass one of them")
+    if seed is not None:
+        seed, offset = per_sample_int("seed", seed, x), per_sample_int("offset", 0 if offset is None else offset, x)
+    elif offset is not None:
+        raise ValueError("offset numbers the streams of a seed; pass seed too, or leave it out")
+    elif noise is None:
         device = x.device if generator is None else generator.device
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(x.device)
-    elif generator is not None:
-        raise ValueError("noise and generator are both given; pass one of them")
     else:
         check_like("noise", noise, "x", x)
     check_std(std)
     guidance = check_finite("guidance", guidance)
     scale, count = reduction_factors(reduction, x)
     a, b, std = per_sample("a", a, x), per_sample("b", b, x), per_sample("std", std, x)
-    return _sample(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count)
+    return _sample(x, pred, pred_uncond, noise, seed, offset, a, b, std, guidance, scale, count)
 
 
 def policy_log_prob(
@@ -154,15 +177,21 @@ def log_prob_rows(spread: Tensor, unscored: Tensor, safe: Tensor, precision: Ten
     return (spread * precision).mul_(-0.5).sub_(constant).masked_fill_(unscored, 0.0)
 
 
-def _sample_reference(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
+def _sample_reference(
+    x, pred, pred_uncond, noise, seed, offset, a, b, std, guidance, scale, count
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x, pred, pred_uncond)
     mean = mean_of(x, guided(pred, pred_uncond, guidance, dtype), a, b)
+    if noise is None:
+        noise = torch.empty_strided(x.shape, row_strides(x), dtype=torch.float32, device=x.device)
+        rows, n = x.shape[0], math.prod(x.shape[1:])
+        noise.as_strided((rows, n), (n, 1)).copy_(standard_normal_reference(seed, offset, rows, n))
     x_next = in_layout((noise.to(dtype) * column(std, x, dtype)).add_(mean), x)
     rows = precision_of(std, scale, dtype)
     return x_next, log_prob_rows(sum_of_squares(x_next - mean), *rows, count)
 
 
-def _sample_fake(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
+def _sample_fake(x, pred, pred_uncond, noise, seed, offset, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], dtype=compute_dtype(x, pred, pred_uncond))
 
 
@@ -186,29 +215,31 @@ WARPS = 4
 _HALF_LOG_TWO_PI = tl.constexpr(HALF_LOG_TWO_PI)
 
 
-def _sample_kernels(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
+def _sample_kernels(
+    x, pred, pred_uncond, noise, seed, offset, a, b, std, guidance, scale, count
+) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
-        return _sample_reference(x, pred, pred_uncond, noise, a, b, std, guidance, scale, count)
+        return torch.empty_like(x), torch.empty(0, dtype=torch.float32, device=x.device)
     x_next = torch.empty_strided(x.shape, row_strides(x), dtype=x.dtype, device=x.device)
-    log_prob, _ = _launch(x, x_next, pred, pred_uncond, noise, a, b, std, guidance, scale, count)
+    source = Noise(noise, seed, offset)
+    log_prob, _ = _launch(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count, source)
     return in_layout(x_next, x), log_prob
 
 
 def _score_kernels(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 0:
         return _score_reference(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count)
-    return _launch(x, x_next, pred, pred_uncond, None, a, b, std, guidance, scale, count)
+    return _launch(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count)
 
 
-def _launch(x, x_next, pred, pred_uncond, noise, a, b, std, guidance, scale, count) -> tuple[Tensor, Tensor]:
-    partial, split = row_sums(x, x_next, pred, pred_uncond, None, noise, a, b, std, guidance)
+def _launch(x, x_next, pred, pred_uncond, a, b, std, guidance, scale, count, noise=None) -> tuple[Tensor, Tensor]:
+    partial, split = row_sums(x, x_next, pred, pred_uncond, None, a, b, std, guidance, noise=noise)
     rows = x.shape[0]
     log_prob, slope = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    with launching_on(x):
-        _score_kernel[(triton.cdiv(rows, ROWS),)](
-            partial, b, std, log_prob, slope, rows, scale, count,
-            SPLIT=split, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _score_kernel, -(-rows // ROWS), [partial, b, std, log_prob, slope], [rows, scale, count],
+        SPLIT=split, ROWS=ROWS, num_warps=WARPS,
+    )  # fmt: skip
     return log_prob, slope
 
 
@@ -248,8 +279,8 @@ def _score_kernel(
 
 
 _sample = register(
-    "policy_sample(Tensor x, Tensor pred, Tensor? pred_uncond, Tensor noise, Tensor a, Tensor b, Tensor std, "
-    "float guidance, float scale, float count) -> (Tensor, Tensor)",
+    "policy_sample(Tensor x, Tensor pred, Tensor? pred_uncond, Tensor? noise, Tensor? seed, Tensor? offset, "
+    "Tensor a, Tensor b, Tensor std, float guidance, float scale, float count) -> (Tensor, Tensor)",
     reference=_sample_reference,
     kernels=_sample_kernels,
     fake=_sample_fake,

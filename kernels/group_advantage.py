@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import check_finite, check_floats, check_number, choose
-from .backend import launching_on, register
+from .backend import launch, register
 
 SCALES = ("group_std", "global_std", "none")
 
@@ -89,11 +89,10 @@ def _kernels(rewards: Tensor, group_size: int, mode: int, clip: float, eps: floa
     rewards = rewards.contiguous()
     advantage = torch.empty_like(rewards, dtype=torch.float32)
     block = max(32, min(1024, triton.next_power_of_2(group_size)))
-    with launching_on(rewards):
-        _advantage_kernel[(total // group_size,)](
-            rewards, advantage, group_size, total, clip, eps,
-            SCALE=SCALES[mode], BLOCK=block, num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _advantage_kernel, total // group_size, [rewards, advantage], [group_size, total, clip, eps],
+        SCALE=SCALES[mode], BLOCK=block, num_warps=1,
+    )  # fmt: skip
     return advantage
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import check_batch, check_finite, check_like, check_std, choose, per_sample, reduction_factors
-from .backend import launching_on, register
+from .backend import launch, register
 from .gaussian_policy import ROWS, WARPS, precision_of
-from .rows import compute_dtype, policy_backward, row_sums, row_totals, sum_of_squares
+from .policy_backward import policy_backward
+from .rows import compute_dtype, row_sums, row_totals, sum_of_squares
 
 KINDS = ("kl", "renyi", "chi2", "power")
 # chi2 and power are exponentials; their exponent stops here, and so does the gradient.
@@ -135,13 +136,12 @@ def _kernels(pred, pred_ref, b, std, exponential, rate, factor, scale) -> tuple[
     rows = pred.shape[0]
     if rows == 0:
         return _reference(pred, pred_ref, b, std, exponential, rate, factor, scale)
-    partial, split = row_sums(None, None, pred, None, pred_ref, None, None, None, None, 1.0)
+    partial, split = row_sums(None, None, pred, None, pred_ref, None, None, None, 1.0)
     value, slope = (torch.empty(rows, dtype=torch.float32, device=pred.device) for _ in range(2))
-    with launching_on(pred):
-        _divergence_kernel[(triton.cdiv(rows, ROWS),)](
-            partial, b, std, value, slope, rows, rate, factor, scale,
-            EXPONENTIAL=exponential, SPLIT=split, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _divergence_kernel, -(-rows // ROWS), [partial, b, std, value, slope], [rows, rate, factor, scale],
+        EXPONENTIAL=exponential, SPLIT=split, ROWS=ROWS, num_warps=WARPS,
+    )  # fmt: skip
     return value, slope
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import check_batch, check_finite, check_like, check_number, check_std, per_sample, reduction_factors
-from .backend import launching_on, register
+from .backend import launch, register
 from .gaussian_policy import ROWS, WARPS, log_prob_of, log_prob_rows, precision_of
+from .policy_backward import policy_backward
 from .policy_divergence import divergence_form, divergence_of, divergence_rows
-from .rows import compute_dtype, guided, mean_of, policy_backward, row_sums, row_totals, sum_of_squares
+from .rows import compute_dtype, guided, mean_of, row_sums, row_totals, sum_of_squares
 
 # The log-ratio is clamped to +-LOG_RATIO_LIMIT before exp (e^20 = 4.9e8): with reduction="sum" it overflows easily.
 LOG_RATIO_LIMIT = 20.0
@@ -99,7 +100,7 @@ def policy_loss(
     rows += [per_sample("old_log_prob", old_log_prob, x), per_sample("advantage", advantage, x)]
     rows.append(None if weight is None else per_sample("weight", weight, x))
     numbers = (guidance, scale, count, low, high, kl_coef, exponential, rate, factor)
-    return PolicyLoss(*_Loss.apply(x, x_next, pred, pred_uncond, pred_ref, *rows, *numbers))
+    return PolicyLoss(*_Loss.apply(x, x_next, pred, pred_uncond, pred_ref, *rows, numbers))
 
 
 def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
@@ -114,25 +115,28 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, x_next, pred, pred_uncond, pred_ref, a, b, std, old_log_prob, advantage, weight, *numbers):
+    def forward(ctx, x, x_next, pred, pred_uncond, pred_ref, a, b, std, old_log_prob, advantage, weight, numbers):
         loss, log_prob, ratio, clip_fraction, kl, spread_slope, gap_slope = _loss(
             x, x_next, pred, pred_uncond, pred_ref, a, b, std, old_log_prob, advantage, weight, *numbers
         )
         ctx.save_for_backward(spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b)
         ctx.guidance, ctx.penalised = numbers[0], pred_ref is not None and numbers[5] != 0
         ctx.mark_non_differentiable(log_prob, ratio, clip_fraction, kl)
+        ctx.set_materialize_grads(False)  # zeros for what is not differentiated would be four launches
         return loss, log_prob, ratio, clip_fraction, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 12
         spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b = ctx.saved_tensors
         uncond_grad = ctx.needs_input_grad[3]
         gap_slope = gap_slope if ctx.penalised else None
         d_pred, d_uncond = policy_backward(
             grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, ctx.guidance, uncond_grad
         )
-        return None, None, d_pred, d_uncond if uncond_grad else None, *(None,) * 16
+        return None, None, d_pred, d_uncond if uncond_grad else None, *(None,) * 8
 
 
 def _reference(
@@ -189,17 +193,19 @@ def _kernels(
             x, x_next, pred, pred_uncond, pred_ref, a, b, std, old_log_prob, advantage, weight,
             guidance, scale, count, low, high, kl_coef, exponential, rate, factor,
         )  # fmt: skip
-    partial, split = row_sums(x, x_next, pred, pred_uncond, pred_ref, None, a, b, std, guidance)
+    partial, split = row_sums(x, x_next, pred, pred_uncond, pred_ref, a, b, std, guidance)
     loss, clip_fraction = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
     per_row = [torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(5)]
-    with launching_on(x):
-        _loss_kernel[(1,)](
+    launch(
+        _loss_kernel, 1,
+        [
             partial, b, std, old_log_prob, advantage, advantage if weight is None else weight,
-            loss, clip_fraction, *per_row, rows, triton.cdiv(rows, ROWS),
-            scale, count, low, high, kl_coef, rate, factor,
-            WEIGHTED=weight is not None, REFERENCE=pred_ref is not None, EXPONENTIAL=exponential,
-            SPLIT=split, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+            loss, clip_fraction, *per_row,
+        ],
+        [rows, -(-rows // ROWS), scale, count, low, high, kl_coef, rate, factor],
+        WEIGHTED=weight is not None, REFERENCE=pred_ref is not None, EXPONENTIAL=exponential,
+        SPLIT=split, ROWS=ROWS, num_warps=WARPS,
+    )  # fmt: skip
     log_prob, ratio, kl, spread_slope, gap_slope = per_row
     return loss, log_prob, ratio, clip_fraction, kl, spread_slope, gap_slope
 

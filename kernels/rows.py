@@ -11,12 +11,16 @@ and a sample's log-prob has the same bits wherever it is computed. All arithmeti
 additions and multiplications: results do not depend on which of them a compiler or a vector unit would fuse.
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import launching_on, register
+from .backend import launch
+from .noise import Noise, standard_normal
 
 # Rows are summed in chunks of this many elements, below torch's threshold for splitting one reduction over threads,
 # which would make the bits of a long row depend on the batch size.
@@ -73,40 +77,13 @@ def _same_layout(shape: torch.Size, strides: tuple[int, ...], others: tuple[int,
     return all(n == 1 or s == o for n, s, o in zip(shape, strides, others, strict=True))
 
 
-def backward_reference(
-    grad: Tensor,
-    spread_slope: Tensor | None,
-    gap_slope: Tensor | None,
-    x: Tensor | None,
-    x_next: Tensor | None,
-    pred: Tensor,
-    pred_uncond: Tensor | None,
-    pred_ref: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    guidance: float,
-    uncond_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of pred and pred_uncond: df = grad (spread_slope (x_next - mean) + gap_slope (f - f_ref))."""
-    dtype = compute_dtype(x, x_next, pred, pred_uncond, pred_ref)
-    f = guided(pred, pred_uncond, guidance, dtype)
-    df = None
-    if spread_slope is not None:
-        df = (x_next - mean_of(x, f, a, b)).mul_(column(grad * spread_slope, pred, dtype))
-    if gap_slope is not None:
-        gap = (f - pred_ref).mul_(column(grad * gap_slope, pred, dtype))
-        df = gap if df is None else df.add_(gap)
-    if pred_uncond is None:
-        return in_layout(df, pred), pred.new_empty(0)
-    uncond = in_layout(df * (1.0 - guidance), pred_uncond) if uncond_grad else pred.new_empty(0)
-    return in_layout(df.mul_(guidance), pred), uncond
-
-
 # ---- Triton
 
 
 def row_strides(x: Tensor) -> tuple[int, ...]:
     """The strides in which kernels read a batch: those of x when its samples are dense blocks, else contiguous ones."""
+    if x.is_contiguous():
+        return x.stride()
     expected = 1
     for stride, size in sorted(zip(x.stride()[1:], x.shape[1:], strict=True)):
         if size == 1:
@@ -133,22 +110,31 @@ def arranged(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _is_aligned(n: int) -> bool:
-    """Whether rows of n elements can be read in vectors; 16 is also what Triton specialises integers on."""
-    return n % 16 == 0
+class Tiling(NamedTuple):
+    """How programs share a row of n elements. From n only, never from the batch or the GPU: so a row's sum has the
+    same bits in any batch."""
+
+    block: int
+    warps: int
+    tiles: int
+    """blocks a row"""
+    split: int
+    """programs a row, when it is summed"""
+    rounds: int
+    """blocks each of these sums"""
+    aligned: bool
+    """whether rows can be read in vectors"""
 
 
-def block_of(n: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of n elements: 8 elements a thread, so that bf16 loads are 128 bits wide."""
+@functools.cache
+def tiling_of(n: int) -> Tiling:
+    """The tiling of rows of n elements: 8 elements a thread, so that bf16 loads are 128 bits wide."""
+    aligned = n % 16 == 0  # 16 is also what Triton specialises integers on
     # unaligned rows have no wide loads to gain from, and summing 2048 of them would spill registers on gfx942
-    block = max(128, min(2048 if _is_aligned(n) else 1024, triton.next_power_of_2(n)))
-    return block, max(1, block // 256)
-
-
-def split_of(n: int) -> int:
-    """Programs a row. From n only, never from the batch or the GPU: so a row's sum has the same bits in any batch."""
-    block, _ = block_of(n)
-    return min(64, triton.next_power_of_2(triton.cdiv(n, block)))
+    block = max(128, min(2048 if aligned else 1024, triton.next_power_of_2(n)))
+    tiles = triton.cdiv(n, block)
+    split = min(64, triton.next_power_of_2(tiles))
+    return Tiling(block, max(1, block // 256), tiles, split, triton.cdiv(tiles, split), aligned)
 
 
 def row_sums(
@@ -157,11 +143,12 @@ def row_sums(
     pred: Tensor,
     pred_uncond: Tensor | None,
     pred_ref: Tensor | None,
-    noise: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     std: Tensor | None,
     guidance: float,
+    *,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, int]:
     """Stage 1, one launch: partial sums (sums, B, SPLIT) of spread (with x) and gap (with pred_ref), and SPLIT.
 
@@ -170,20 +157,22 @@ def row_sums(
     like = pred if x is None else x
     strides = row_strides(like)
     rows, n = like.shape[0], like[0].numel()
-    block, warps = block_of(n)
-    split = split_of(n)
-    score, reference = x is not None, pred_ref is not None
-    tensors = [None if t is None else arranged(t, strides) for t in (x, x_next, pred, pred_uncond, pred_ref, noise)]
-    unused = tensors[2]
-    tensors = [unused if t is None else t for t in (*tensors, a, b, std)]
-    partial = torch.empty((score + reference, rows, split), dtype=torch.float32, device=like.device)
-    with launching_on(like):
-        _row_sums_kernel[(rows * split,)](
-            *tensors, partial, guidance, n, triton.cdiv(n, split * block),
-            SAMPLE=noise is not None, SCORE=score, GUIDED=pred_uncond is not None, REFERENCE=reference,
-            ALIGNED=_is_aligned(n), SPLIT=split, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return partial, split
+    tiling = tiling_of(n)
+    score, reference, given = x is not None, pred_ref is not None, None if noise is None else noise.given
+    drawn = noise is not None and given is None
+    pred = arranged(pred, strides)
+    tensors = [pred if t is None else arranged(t, strides) for t in (x, x_next, pred, pred_uncond, pred_ref, given)]
+    streams = (noise.seed, noise.offset) if drawn else (pred, pred)
+    scalars = [pred if t is None else t for t in (a, b, std)]
+    partial = torch.empty((score + reference, rows, tiling.split), dtype=torch.float32, device=like.device)
+    launch(
+        _row_sums_kernel, rows * tiling.split,
+        [*tensors, *streams, *scalars, partial], [guidance, n, tiling.rounds],
+        SAMPLE=noise is not None, DRAW=drawn, SEEDS=drawn and noise.seed.dim() == 1,
+        OFFSETS=drawn and noise.offset.dim() == 1, SCORE=score, GUIDED=pred_uncond is not None, REFERENCE=reference,
+        ALIGNED=tiling.aligned, SPLIT=tiling.split, BLOCK=tiling.block, num_warps=tiling.warps,
+    )  # fmt: skip
+    return partial, tiling.split
 
 
 # tl.sum adds in the order in which the compiler spread a block over threads, and that depends on the dtypes that a
@@ -223,7 +212,7 @@ def row_totals(p_partial, i_row, rows, SPLIT: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(p, mask):
+def load(p, mask):
     # fp32 at once: sums of bf16 would accumulate in bf16
     return tl.load(p, mask=mask, other=0.0).to(tl.float32)
 
@@ -236,14 +225,19 @@ def _row_sums_kernel(
     p_uncond,
     p_ref,
     p_noise,
+    p_seed,  # (B,) int64 if SEEDS, else ()
+    p_offset,  # (B,) int64 if OFFSETS, else (), of the first row
     p_a,  # (B,), like the two below
     p_b,
     p_std,
     p_partial,  # (SCORE + REFERENCE, B, SPLIT) fp32
     guidance,
     n,
-    tiles,
+    rounds,
     SAMPLE: tl.constexpr,
+    DRAW: tl.constexpr,
+    SEEDS: tl.constexpr,
+    OFFSETS: tl.constexpr,
     SCORE: tl.constexpr,
     GUIDED: tl.constexpr,
     REFERENCE: tl.constexpr,
@@ -261,27 +255,35 @@ def _row_sums_kernel(
         a = tl.load(p_a + i_row).to(tl.float32)
         b = tl.load(p_b + i_row).to(tl.float32)
         std = tl.load(p_std + i_row).to(tl.float32)
+    if DRAW:
+        seed = tl.load(p_seed + (i_row if SEEDS else 0))
+        offset = tl.load(p_offset + i_row) if OFFSETS else tl.load(p_offset) + i_row
     b_spread = tl.zeros([BLOCK], tl.float32)
     b_gap = tl.zeros([BLOCK], tl.float32)
-    for i in range(tiles):
-        o = (i * SPLIT + i_split) * BLOCK + tl.arange(0, BLOCK)
+    for i in range(rounds):
+        start = (i * SPLIT + i_split) * BLOCK
+        o = start + tl.arange(0, BLOCK)
         m = o < n
         o += o_row
-        b_f = _load(p_pred + o, m)
+        b_f = load(p_pred + o, m)
         if GUIDED:
-            b_uncond = _load(p_uncond + o, m)
+            b_uncond = load(p_uncond + o, m)
             b_f = (b_f - b_uncond) * guidance + b_uncond
         if SCORE:
-            b_mean = _load(p_x + o, m) * a + b_f * b
+            b_mean = load(p_x + o, m) * a + b_f * b
             if SAMPLE:
-                b_next = (_load(p_noise + o, m) * std + b_mean).to(p_next.dtype.element_ty)
+                if DRAW:
+                    b_noise = tl.where(m, standard_normal(seed, offset, start, BLOCK), 0.0)
+                else:
+                    b_noise = load(p_noise + o, m)
+                b_next = (b_noise * std + b_mean).to(p_next.dtype.element_ty)
                 tl.store(p_next + o, b_next, mask=m)
                 b_next = b_next.to(tl.float32)
             else:
-                b_next = _load(p_next + o, m)
+                b_next = load(p_next + o, m)
             b_spread += (b_next - b_mean) * (b_next - b_mean)
         if REFERENCE:
-            b_difference = b_f - _load(p_ref + o, m)
+            b_difference = b_f - load(p_ref + o, m)
             b_gap += b_difference * b_difference
     o_partial = i_program + tl.arange(0, 1)
     if SCORE:
@@ -289,100 +291,3 @@ def _row_sums_kernel(
         o_partial += tl.num_programs(0)
     if REFERENCE:
         tl.store(p_partial + o_partial, _sum_block(b_gap, ALIGNED))
-
-
-def backward_kernels(
-    grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
-) -> tuple[Tensor, Tensor]:
-    """One launch, see ``backward_reference``."""
-    score, reference, is_guided = spread_slope is not None, gap_slope is not None, pred_uncond is not None
-    rows = pred.shape[0]
-    if rows == 0:
-        return backward_fake(
-            grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
-        )
-    strides = row_strides(pred)
-    n = pred[0].numel()
-    block, warps = block_of(n)
-    tiles = triton.cdiv(n, block)
-    # the gradient of a sum arrives expanded from one number, the gradient of the loss is one number
-    per_row = grad.dim() > 0 and grad.stride(0) != 0
-    d_pred = torch.empty_strided(pred.shape, strides, dtype=pred.dtype, device=pred.device)
-    d_uncond = pred.new_empty(0)
-    if is_guided and uncond_grad:
-        d_uncond = torch.empty_strided(pred.shape, strides, dtype=pred_uncond.dtype, device=pred.device)
-    inputs = [None if t is None else arranged(t, strides) for t in (x, x_next, pred, pred_uncond, pred_ref)]
-    inputs = [grad.contiguous() if per_row else grad, spread_slope, gap_slope, *inputs, a, b]
-    with launching_on(pred):
-        _backward_kernel[(rows * tiles,)](
-            *(pred if t is None else t for t in inputs), d_pred, d_uncond, guidance, n, tiles,
-            PER_ROW=per_row, SCORE=score, GUIDED=is_guided, REFERENCE=reference, UNCOND_GRAD=is_guided and uncond_grad,
-            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return in_layout(d_pred, pred), in_layout(d_uncond, pred_uncond) if is_guided and uncond_grad else d_uncond
-
-
-@triton.jit
-def _backward_kernel(
-    p_grad,  # (B,) if PER_ROW, else ()
-    p_spread_slope,  # (B,) fp32
-    p_gap_slope,  # (B,) fp32
-    p_x,  # (B, n), like the four below
-    p_next,
-    p_pred,
-    p_uncond,
-    p_ref,
-    p_a,  # (B,)
-    p_b,  # (B,)
-    p_d_pred,  # (B, n)
-    p_d_uncond,  # (B, n)
-    guidance,
-    n,
-    tiles,
-    PER_ROW: tl.constexpr,
-    SCORE: tl.constexpr,
-    GUIDED: tl.constexpr,
-    REFERENCE: tl.constexpr,
-    UNCOND_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """df = grad (spread_slope (x_next - mean) + gap_slope (f - f_ref)), one block of a row a program."""
-    i_program = tl.program_id(0).to(tl.int64)
-    i_row = i_program // tiles
-    o = (i_program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n
-    o += i_row * n
-    guidance = tl.cast(guidance, tl.float32)
-    grad = tl.load(p_grad + (i_row if PER_ROW else 0)).to(tl.float32)
-    b_f = _load(p_pred + o, m)
-    if GUIDED:
-        b_uncond = _load(p_uncond + o, m)
-        b_f = (b_f - b_uncond) * guidance + b_uncond
-    b_df = tl.zeros([BLOCK], tl.float32)
-    if SCORE:
-        b_mean = _load(p_x + o, m) * tl.load(p_a + i_row).to(tl.float32) + b_f * tl.load(p_b + i_row).to(tl.float32)
-        b_df += (_load(p_next + o, m) - b_mean) * (grad * tl.load(p_spread_slope + i_row))
-    if REFERENCE:
-        b_df += (b_f - _load(p_ref + o, m)) * (grad * tl.load(p_gap_slope + i_row))
-    if UNCOND_GRAD:
-        tl.store(p_d_uncond + o, (b_df * (1.0 - guidance)).to(p_d_uncond.dtype.element_ty), mask=m)
-    if GUIDED:
-        b_df *= guidance
-    tl.store(p_d_pred + o, b_df.to(p_d_pred.dtype.element_ty), mask=m)
-
-
-def backward_fake(
-    grad, spread_slope, gap_slope, x, x_next, pred, pred_uncond, pred_ref, a, b, guidance, uncond_grad
-) -> tuple[Tensor, Tensor]:
-    has_uncond = pred_uncond is not None and uncond_grad
-    return torch.empty_like(pred), torch.empty_like(pred_uncond) if has_uncond else pred.new_empty(0)
-
-
-policy_backward = register(
-    "policy_backward(Tensor grad, Tensor? spread_slope, Tensor? gap_slope, Tensor? x, Tensor? x_next, Tensor pred, "
-    "Tensor? pred_uncond, Tensor? pred_ref, Tensor? a, Tensor? b, float guidance, bool uncond_grad) "
-    "-> (Tensor, Tensor)",
-    reference=backward_reference,
-    kernels=backward_kernels,
-    fake=backward_fake,
-)

@@ -265,9 +265,3 @@ def test_mistakes_are_named(change, error, message):
     arguments = {name: torch.rand(2, 3) for name in ("x", "x_next", "pred")} | {"a": 1.0, "b": 1.0, "std": 1.0}
     with pytest.raises(error, match=message):
         policy_log_prob(**(arguments | change))
-
-
-def test_noise_and_generator_exclude_each_other(truth):
-    s = truth.batch((2, 3))
-    with pytest.raises(ValueError, match="noise and generator are both given; pass one of them"):
-        policy_sample(s.x, s.pred, s.a, s.b, s.std, noise=s.noise, generator=torch.Generator())

@@ -30,12 +30,14 @@ def operator_cases(s):
     grad = s.advantage
     yield OPERATORS.group_advantage, (torch.rand(6 * rows, device=s.x.device)[::2], 3, 0, 5.0, 1e-6)
     for uncond, ref, weight in ((None, None, None), (s.pred_uncond, s.pred_ref, s.weight)):
-        yield OPERATORS.policy_sample, (s.x, s.pred, uncond, s.noise, *step, *numbers)
+        yield OPERATORS.policy_sample, (s.x, s.pred, uncond, s.noise, None, None, *step, *numbers)
         yield OPERATORS.policy_score, (s.x, s.x_next, s.pred, uncond, *step, *numbers)
         rest = (*step, s.shift, s.advantage, weight, *loss_numbers)
         yield OPERATORS.policy_loss, (s.x, s.x_next, s.pred, uncond, ref, *rest)
         both = (s.x, s.x_next, s.pred, uncond, s.pred_ref, s.a, s.b, 1.5, uncond is not None)
         yield OPERATORS.policy_backward, (grad, *slopes, *both)
+    streams = torch.arange(rows, device=s.x.device), torch.tensor(5, device=s.x.device)
+    yield OPERATORS.policy_sample, (s.x, s.pred, None, None, *streams, *step, *numbers)
     yield OPERATORS.policy_divergence, (s.pred, s.pred_ref, s.b, s.std, True, 1.0, 1.0, 0.25)
     only_gap = (None, None, s.pred, None, s.pred_ref, None, None, 1.0, False)
     yield OPERATORS.policy_backward, (grad[:1].squeeze() if rows else grad.sum(), None, slopes[1], *only_gap)
