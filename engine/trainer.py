@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,10 +207,10 @@ class Trainer:
         """Inner epochs over the shuffled pairs; every minibatch holds as many pairs of each group."""
         config = self.config
         lr = zero.set_learning_rate(self.engine, config, self.iteration)
-        sums: defaultdict[str, float] = defaultdict(float)
-        first_pass, first_error, norms = True, 0.0, []
+        figures, norms, first_error = [], [], None
         for epoch in range(config.train.inner_epochs):
             for minibatch in self.minibatches(batch, trajectory, epoch):
+                parts, errors = [], []
                 for pairs in minibatch.split(self.micro_batch):
                     result = pair_loss(
                         self.student,
@@ -229,21 +228,25 @@ class Trainer:
                         weights=self.step_weights,
                     )
                     share = len(pairs) / len(minibatch)
-                    if first_pass:
-                        first_error = max(first_error, (result.ratio - 1).abs().max().item())
-                        self._refuse_ratio(first_error)
-                    self._refuse_non_finite("loss", result.loss)
+                    parts.append(torch.stack([result.loss.detach(), result.clip_fraction, result.kl.mean()]) * share)
+                    errors.append((result.ratio - 1).abs().max())
+                    self._count_update(len(pairs))
                     # DeepSpeed divides by the accumulation steps; the last micro-batch may be smaller than the others.
                     self.engine.backward(result.loss * share * self.accumulation)
+                    if len(parts) == self.accumulation:
+                        # Once an optimizer step, and before it: reading a figure makes the host wait for the GPU.
+                        *figure, error = torch.stack([*torch.stack(parts).sum(0), torch.stack(errors).max()]).tolist()
+                        if first_error is None:
+                            first_error = error
+                            self._refuse_ratio(error)
+                        self._refuse_non_finite_loss(figure[0])
+                        figures.append(figure)
                     norm = zero.step(self.engine)
-                    for name in ("loss", "clip_fraction", "kl"):
-                        sums[f"loss/{name}"] += getattr(result, name).detach().float().mean().item() * share
-                    self._count_update(len(pairs))
-                first_pass = False
                 norms.append(norm)
         steps = config.train.inner_epochs * config.train.updates
-        metrics = {name: value / steps for name, value in sums.items()}
-        metrics["grad_norm"] = sum(norms) / len(norms)
+        names = ("loss/loss", "loss/clip_fraction", "loss/kl")
+        metrics = {name: sum(column) / steps for name, column in zip(names, zip(*figures, strict=True), strict=True)}
+        metrics["grad_norm"] = float(sum(norms)) / len(norms)
         metrics["advantage/std"] = ranks.gather(advantage).std(unbiased=False).item()
         metrics = self._mean(metrics)
         first_error = self._max(first_error)
@@ -391,9 +394,9 @@ class Trainer:
                 "Raise the tolerance only if the network itself is that inexact (low precision, batch-dependent layers)"
             )
 
-    def _refuse_non_finite(self, what: str, value: Tensor) -> None:
-        if not bool(value.isfinite().all()):
-            raise EngineError(f"iteration {self.iteration + 1}: the {what} is {value.flatten()[0].item()}; {_ADVICE}")
+    def _refuse_non_finite_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise EngineError(f"iteration {self.iteration + 1}: the loss is {loss}; {_ADVICE}")
 
     def _count_update(self, pairs: int) -> None:
         evaluations = pairs * self.student.passes(self._guidance)

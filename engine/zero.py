@@ -123,7 +123,7 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, (parameter if full is None else full).detach()
 
 
-def step(engine: Any) -> float | None:
+def step(engine: Any) -> Tensor | float | None:
     """Step the optimizer if the accumulation is complete.
 
     Returns:
@@ -137,4 +137,4 @@ def step(engine: Any) -> float | None:
     engine.step()
     if due and norm is None:
         norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return norm
