@@ -130,8 +130,7 @@ class Tiling(NamedTuple):
 def tiling_of(n: int) -> Tiling:
     """The tiling of rows of n elements: 8 elements a thread, so that bf16 loads are 128 bits wide."""
     aligned = n % 16 == 0  # 16 is also what Triton specialises integers on
-    # unaligned rows have no wide loads to gain from, and summing 2048 of them would spill registers on gfx942
-    block = max(128, min(2048 if aligned else 1024, triton.next_power_of_2(n)))
+    block = max(128, min(2048, triton.next_power_of_2(n)))
     tiles = triton.cdiv(n, block)
     split = min(64, triton.next_power_of_2(tiles))
     return Tiling(block, max(1, block // 256), tiles, split, triton.cdiv(tiles, split), aligned)
@@ -176,9 +175,9 @@ def row_sums(
 
 
 # tl.sum adds in the order in which the compiler spread a block over threads, and that depends on the dtypes that a
-# kernel loads: one row could be summed differently in sampling and in the loss. A tree of explicit pairs has one order.
-# Which pairs is a matter of cost: neighbours share a thread where loads are vectors (aligned rows), else halves do; the
-# wrong choice shuffles through shared memory at every level and takes the compiler half a minute.
+# kernel loads: one row could be summed differently in sampling and in the loss. So what a thread reads is first added up
+# in explicit pairs, which have one order; of one number a thread, tl.sum has one order too. Which pairs is a matter of
+# cost: a thread holds neighbours where loads are vectors (aligned rows), else elements a stride apart.
 
 
 @triton.jit
@@ -191,17 +190,18 @@ def _sum_neighbours(x, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _sum_halves(x):
-    """Sum of x, of a power of two of elements, as (1,)."""
-    if x.shape[0] > 1:
+def _sum_strided(x, SIZE: tl.constexpr):
+    """Sums of each SIZE (a power of two) elements of x that are x.shape[0] // SIZE apart."""
+    if SIZE > 1:
         left, right = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2]), (1, 0)))
-        x = _sum_halves(left + right)
+        x = _sum_strided(left + right, SIZE // 2)
     return x
 
 
 @triton.jit
-def _sum_block(x, ALIGNED: tl.constexpr):
-    return _sum_neighbours(x, x.shape[0]) if ALIGNED else _sum_halves(x)
+def _squares(x, ALIGNED: tl.constexpr, EACH: tl.constexpr):
+    """Sums of EACH squares, as many as a thread holds."""
+    return _sum_neighbours(x * x, EACH) if ALIGNED else _sum_strided(x * x, EACH)
 
 
 @triton.jit
@@ -258,8 +258,9 @@ def _row_sums_kernel(
     if DRAW:
         seed = tl.load(p_seed + (i_row if SEEDS else 0))
         offset = tl.load(p_offset + i_row) if OFFSETS else tl.load(p_offset) + i_row
-    b_spread = tl.zeros([BLOCK], tl.float32)
-    b_gap = tl.zeros([BLOCK], tl.float32)
+    EACH: tl.constexpr = 8 if BLOCK >= 256 else BLOCK // 32  # elements a thread, see tiling_of
+    b_spread = tl.zeros([BLOCK // EACH], tl.float32)
+    b_gap = tl.zeros([BLOCK // EACH], tl.float32)
     for i in range(rounds):
         start = (i * SPLIT + i_split) * BLOCK
         o = start + tl.arange(0, BLOCK)
@@ -281,13 +282,12 @@ def _row_sums_kernel(
                 b_next = b_next.to(tl.float32)
             else:
                 b_next = load(p_next + o, m)
-            b_spread += (b_next - b_mean) * (b_next - b_mean)
+            b_spread += _squares(b_next - b_mean, ALIGNED, EACH)
         if REFERENCE:
-            b_difference = b_f - load(p_ref + o, m)
-            b_gap += b_difference * b_difference
+            b_gap += _squares(b_f - load(p_ref + o, m), ALIGNED, EACH)
     o_partial = i_program + tl.arange(0, 1)
     if SCORE:
-        tl.store(p_partial + o_partial, _sum_block(b_spread, ALIGNED))
+        tl.store(p_partial + o_partial, tl.sum(b_spread, 0, keep_dims=True))
         o_partial += tl.num_programs(0)
     if REFERENCE:
-        tl.store(p_partial + o_partial, _sum_block(b_gap, ALIGNED))
+        tl.store(p_partial + o_partial, tl.sum(b_gap, 0, keep_dims=True))

@@ -1,115 +1,140 @@
-"""Every Triton kernel compiles for the GPUs that we name, without one at hand, within its resources."""
+"""Every Triton kernel compiles for the GPUs that we name, without one at hand, within its budget of their resources."""
 
+import importlib
+import pkgutil
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton.language as tl
+from triton.runtime import JITFunction
 
+import engine.kernels
+from bench.aot import CUOBJDUMP, TARGETS, Launch, broken, compile_launch, facts_of, launches_of, name_of
+from bench.aot_cases import CASES, ONE, SDXL
 from engine.kernels import backend
-from engine.kernels.gaussian_policy import ROWS, WARPS, _score_kernel
-from engine.kernels.group_advantage import _advantage_kernel
-from engine.kernels.policy_divergence import _divergence_kernel
-from engine.kernels.policy_loss import _loss_kernel
-from engine.kernels.rows import _backward_kernel, _row_sums_kernel
 
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter replaces the compiler")
+needs_cuobjdump = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this build of Triton brings no cuobjdump")
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-ALL = {"SCORE": True, "GUIDED": True, "REFERENCE": True}
-NONE = dict.fromkeys(ALL, False)
-LONG = {"SPLIT": 64, "BLOCK": 2048, "ALIGNED": True}
-ODD = {"SPLIT": 64, "BLOCK": 1024, "ALIGNED": False}
-SHORT = {"SPLIT": 1, "BLOCK": 128, "ALIGNED": False}
-# name: (kernel, constants, warps, whether rows are a multiple of 16 elements)
-KERNELS = {
-    "sample": (_row_sums_kernel, ALL | LONG | {"SAMPLE": True, "REFERENCE": False}, 8, True),
-    "score": (_row_sums_kernel, ALL | LONG | {"SAMPLE": False}, 8, True),
-    "score of odd rows": (_row_sums_kernel, ALL | ODD | {"SAMPLE": False}, 4, False),
-    "gap": (_row_sums_kernel, NONE | SHORT | {"SAMPLE": False, "REFERENCE": True}, 1, False),
-    "backward": (_backward_kernel, ALL | {"PER_ROW": False, "UNCOND_GRAD": True, "BLOCK": 2048}, 8, True),
-    "log_prob": (_score_kernel, {"SPLIT": 64, "ROWS": ROWS}, WARPS, False),
-    "divergence": (_divergence_kernel, {"EXPONENTIAL": True, "SPLIT": 64, "ROWS": ROWS}, WARPS, False),
-    "loss": (
-        _loss_kernel,
-        {"WEIGHTED": True, "REFERENCE": True, "EXPONENTIAL": True, "SPLIT": 64, "ROWS": ROWS},
-        WARPS,
-        False,
-    ),
-    "advantage": (_advantage_kernel, {"SCALE": "global_std", "BLOCK": 64}, 1, False),
-}
+# What a kernel does differently for another dtype shows on one GPU of a kind: the oldest, the one with the widest use,
+# the first with an assembler of its own, and AMD's. `python -m bench.aot` compiles every pair.
+EVERY_DTYPE = ("sm_75", "sm_90", "sm_100", "gfx942")
 
 
-def compiled(name, target, *, ones=False):
-    """The kernel for bf16 latents and fp32 scalars, pointers aligned as torch aligns them.
-
-    With ``ones``, every integer is 1: Triton then compiles it as a constant, as for one row of one block.
-    """
-    kernel, constants, warps, aligned = KERNELS[name]
-    latents = {"p_x", "p_next", "p_pred", "p_uncond", "p_ref", "p_noise", "p_d_pred", "p_d_uncond"}
-    integers = {"n", "tiles", "rows", "blocks", "group_size", "total"}
-    if ones:
-        constants = constants | dict.fromkeys(integers.intersection(kernel.arg_names), 1)
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.startswith("p_"):
-            signature[argument] = "*bf16" if argument in latents else "*fp32"
-        else:
-            signature[argument] = "i32" if argument in integers else "fp32"
-    divisible = [
-        i
-        for i, argument in enumerate(kernel.arg_names)
-        if argument.startswith("p_") or (argument == "n" and aligned and not ones)
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(key),): value for key, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
-    )
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": False})
+def launch_of(case, dtype=None):
+    (launch,) = launches_of(case, dtype or case.dtypes[0])
+    return launch
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles_without_spills_or_fused_arithmetic(name, target, tmp_path):
-    result = compiled(name, target)
-    if target == "gfx942":
-        text = result.asm["amdgcn"]
-        assert re.search(r"\.vgpr_spill_count:\s*0\b", text)
-        assert re.search(r"\.private_segment_fixed_size:\s*0\b", text)
-        return
-    # what a compiler may fuse differs between kernels; the fma.rn.ftz of the library's logarithm are its own
-    assert "fma.rn.f32" not in result.asm["ptx"]
+def case_name(case):
+    return f"{case.kernel}-{case.operation}-{case.rows.name}".replace(" ", "_").replace(",", "")
+
+
+each_case = pytest.mark.parametrize("case", CASES, ids=case_name)
+
+
+def test_every_kernel_has_a_case():
+    names = [module.name for module in pkgutil.iter_modules(engine.kernels.__path__, "engine.kernels.")]
+    modules = [importlib.import_module(name) for name in names]
+    functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    kernels = {name_of(function) for function in functions if function.__name__.endswith("_kernel")}
+    assert kernels == {case.kernel for case in CASES}
+    assert kernels == {case.kernel for case in CASES if case.rows is ONE} | {
+        # launched only where a group is too large for one program
+        "group_norm.moments", "group_norm.statistics", "group_norm.apply", "group_norm.input_gradient",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=needs_cuobjdump if target.backend == "cuda" else ()) for name, target in TARGETS.items()],
+)
+@each_case
+def test_kernel_keeps_its_budget(case, target):
+    for dtype in case.dtypes if target in EVERY_DTYPE else case.dtypes[:1]:
+        facts = facts_of(launch_of(case, dtype), target)
+        assert not broken(case, target, facts), (dtype, facts)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("kernel", ["rows.row_sums", "policy_backward.backward"])
+def test_machine_code_has_the_counted_accesses_and_no_spills(kernel, tmp_path):
+    case = next(case for case in CASES if case.kernel == kernel and case.rows is SDXL)
+    facts = facts_of(launch_of(case), "sm_90")
     binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(result.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this build of Triton brings no cuobjdump to count resources with")
-    usage = subprocess.run([tool, "--dump-resource-usage", binary], check=True, capture_output=True, text=True).stdout
-    assert int(re.search(r"STACK:(\d+)", usage)[1]) == 0
-    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
+    binary.write_bytes(compile_launch(launch_of(case), "sm_90").asm["cubin"])
+    code = subprocess.run([CUOBJDUMP, "--dump-sass", binary], check=True, capture_output=True, text=True).stdout
+    loads, stores = (re.findall(rf"\b{name}\.E\S*", code) for name in ("LDG", "STG"))
+    assert (len(loads), len(stores)) == (facts.loads, facts.stores)
+    assert sum(".128" in load for load in loads) == facts.wide_loads > 0
+    assert sum(".128" in store for store in stores) == facts.wide_stores > 0
+    assert not re.search(r"\b(LDL|STL|FFMA)\b", code)
 
 
-@pytest.mark.parametrize("name", ["sample", "score", "backward"])
-def test_aligned_rows_are_read_in_128_bit_loads_from_64_bit_offsets(name):
-    result = compiled(name, "sm_90")
-    wide = re.findall(r"ld\.global\S*\.v4\.b32", result.asm["ptx"])
-    latents = {"sample": 4, "score": 5, "backward": 5}[name]
-    assert len(wide) == latents
-    row_offsets = re.findall(r"arith\.muli %(?:i_row|i_program)\w*, %\w+ : (\w+)", result.asm["ttir"])
-    assert row_offsets == ["i64"]
+def narrow_products(ttir):
+    """Products of 32 bits that a program's number goes into: with as many programs as elements need, they overflow."""
+    narrow, products = set(), []
+    for name, operation, operands, kind in re.findall(r"(%\w+) = (\S+) (.*?) : .*?(\w+)>?(?: loc.*)?$", ttir, re.M):
+        if operation == "tt.get_program_id" or narrow.intersection(re.findall(r"%\w+", operands)):
+            if operation == "arith.muli" and kind.endswith("i32"):
+                products.append(name)
+            if kind.endswith("i32") and operation != "arith.remsi":
+                narrow.add(name)
+    return products
 
 
-@pytest.mark.parametrize("name", ["gap", "backward", "log_prob", "divergence", "loss", "advantage"])
-def test_kernel_compiles_for_one_row_of_one_element(name):
-    assert compiled(name, "sm_90", ones=True).asm["cubin"]
+@pytest.mark.parametrize("target", [pytest.param("sm_90", marks=needs_cuobjdump), "gfx942"])
+def test_fused_multiply_adds_are_found(target):
+    case = next(case for case in CASES if case.kernel == "policy_backward.backward" and case.rows is SDXL)
+    launch = launch_of(case)
+    assert launch.options["enable_fp_fusion"] is False
+    fusing = launch._replace(options=launch.options | {"enable_fp_fusion": True})
+    assert "fused multiply-adds" in " ".join(broken(case, target, facts_of(fusing, target)))
+
+
+# Programs that take a block of rows each: a number of row has 32 bits, and its offset in what holds many a row 64.
+OF_ROWS = ("gaussian_policy.score", "policy_divergence.divergence")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kernel not in OF_ROWS], ids=case_name)
+def test_offsets_of_programs_have_64_bits(case):
+    ttir = compile_launch(launch_of(case), "sm_90").asm["ttir"]
+    assert narrow_products(ttir) == []
+
+
+@triton.jit
+def _overflowing_kernel(p_x, n):
+    tl.store(p_x + tl.program_id(0) // 2 * n + tl.arange(0, 128), 0.0)
+
+
+def test_offsets_of_32_bits_are_found():
+    launch = Launch(_overflowing_kernel, (torch.empty(256), 128), {"num_warps": 1})
+    assert len(narrow_products(compile_launch(launch, "sm_90").asm["ttir"])) == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rows is ONE], ids=case_name)
+def test_one_element_makes_every_integer_a_constant(case):
+    launch = launch_of(case)
+    integers = [argument for argument in launch.arguments if isinstance(argument, int)]
+    assert 1 in integers
+    assert max(integers) == 1 or case.operation == "geglu"  # whose rows have two halves
+    assert compile_launch(launch, "sm_90").asm["ptx"]
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_90", "sm_100", "gfx942"])
+def test_rows_are_summed_in_one_order(target):
+    """Before `tl.sum`, thread i holds number i, in every variant: so it adds in an order that no dtype changes."""
+    for case in CASES:
+        for dtype in case.dtypes if case.kernel == "rows.row_sums" else ():
+            text = compile_launch(launch_of(case, dtype), target).asm["ttgir"]
+            layouts = re.findall(r"^\s+\}\) : \(tensor<\d+xf32, (#\w+)>\) -> f32", text, re.M)
+            assert layouts
+            for layout in layouts:
+                definition = re.search(rf"^{layout} = (.*)", text, re.M)[1]
+                bases = [int(base) for base in re.findall(r"\[(\d+)\]", definition)]
+                one_each = "sizePerThread = [1]" in definition
+                in_order = "register = []" in definition and bases == [2**i for i in range(len(bases))]
+                assert one_each or in_order, definition
