@@ -54,7 +54,7 @@ def mean_of(x: Tensor, f: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """(B, ...) -> (B,), in logical order whatever the layout, with bits that do not depend on B."""
-    squares = values.square().flatten(1)
+    squares = values.square().unsqueeze(-1).flatten(1)  # (B,) is a batch of single numbers
     if squares.shape[1] <= _CHUNK:
         return squares.sum(1)
     return torch.stack([part.sum(1) for part in squares.split(_CHUNK, 1)], 1).sum(1)

@@ -7,6 +7,7 @@ test_interpreter.py starts, and Triton on a GPU where there is one.
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -30,6 +31,41 @@ def device(request):
     if request.param == "cuda" and (backend.INTERPRETED or not torch.cuda.is_available()):
         pytest.skip("no GPU in this process")
     return request.param
+
+
+@pytest.fixture
+def bounds_checked(monkeypatch):
+    """In the interpreter, every load and store must be of an element of one of the launch's tensors."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    extents = []
+    run, load, store = (
+        GridExecutor.__call__,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def launch(self, *arguments, **keywords):
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+        extents[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        return run(self, *arguments, **keywords)
+
+    def check(pointers, mask):
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if not np.any([(start <= addresses) & (addresses < end) for start, end in extents], axis=0).all():
+            raise IndexError("a kernel reads or writes beyond its tensors")
+
+    def checked_load(self, pointers, mask, *rest):
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
 
 
 def make_batch(shape, *, dtype=torch.float32, device="cpu", seed=0, **dtypes):
@@ -63,7 +99,7 @@ def column(value, like):
 
 
 def reduce(values, reduction):
-    values = values.flatten(1)
+    values = values.reshape(*values.shape[:1], math.prod(values.shape[1:]))
     return values.mean(1) if reduction == "mean" else values.sum(1)
 
 

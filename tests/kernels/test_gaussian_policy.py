@@ -7,7 +7,7 @@ import torch
 from engine.kernels import policy_log_prob, policy_sample
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# one element, odd rows, half a block, several programs a row: unaligned (4 of 1024 + 904) and aligned (2048 + 752)
+# one element, odd rows, half a block, several programs a row: unaligned (2 of 2048 + 904) and aligned (2048 + 752)
 SHAPES = [(1, 1), (3, 2, 5, 7), (2, 1, 8, 8), (2, 5000), (2, 2800)]
 MIXTURES = [
     {"dtype": F32},
@@ -106,19 +106,33 @@ def test_a_sample_has_the_same_bits_in_any_batch(shape, dtype, device, truth):
         assert torch.equal(policy_log_prob(step[0], x_next[part], *step[1:]), whole[part])
 
 
+def test_a_row_too_long_for_its_programs_takes_several_rounds(device, truth):
+    # 66 blocks, of which 64 programs sum up to two each
+    s = truth.batch((1, 65 * 2048 + 5), device=device)
+    pred = s.pred.requires_grad_()
+    log_prob = policy_log_prob(s.x, s.x_next, pred, s.a, s.b, s.std)
+    log_prob.sum().backward()
+    wide = truth.f64(pred).requires_grad_()
+    expected = truth.log_prob(truth.f64(s.x), truth.f64(s.x_next), wide, s.a, s.b, s.std)
+    expected.sum().backward()
+    truth.assert_close(log_prob, expected)
+    truth.assert_close(pred.grad, wide.grad)
+
+
 def test_long_rows_keep_their_bits_on_several_threads(torch_reference, truth):
     # torch splits one long reduction over threads, but not several: the very trap of batch size 1
-    s = truth.batch((3, 70_001))
+    s = truth.batch((16, 70_001))  # so many samples, as the bits of one may agree by luck
+    step = (s.x, s.x_next, s.pred, s.a, s.b, s.std)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        whole = policy_log_prob(s.x, s.x_next, s.pred, s.a, s.b, s.std)
-        alone = policy_log_prob(s.x[:1], s.x_next[:1], s.pred[:1], s.a[:1], s.b[:1], s.std[:1])
+        whole = policy_log_prob(*step)
+        alone = torch.cat([policy_log_prob(*(t[i : i + 1] for t in step)) for i in range(len(s.x))])
         torch.set_num_threads(1)
-        single = policy_log_prob(s.x, s.x_next, s.pred, s.a, s.b, s.std)
+        single = policy_log_prob(*step)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(whole[:1], alone)
+    assert torch.equal(whole, alone)
     assert torch.equal(whole, single)
     truth.assert_close(whole, truth.log_prob(*map(truth.f64, (s.x, s.x_next, s.pred)), s.a, s.b, s.std))
 

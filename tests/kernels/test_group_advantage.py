@@ -36,8 +36,9 @@ def test_rewards_of_any_float_dtype_give_float32(dtype, device, truth):
 @pytest.mark.parametrize("scale", ["group_std", "global_std", "none"])
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_equal_rewards_and_groups_of_one_give_exact_zeros(scale, eps, device):
-    # 0.1 three times has a mean that is not 0.1 in fp32
-    for rewards, group_size in ((torch.full((6,), 0.1), 3), (torch.full((6,), 1e6 + 0.1), 6), (torch.rand(5), 1)):
+    # the mean of three times 0.1 is not 0.1, in fp32 as in float64
+    same, double = torch.full((6,), 0.1), torch.full((6,), 0.1, dtype=torch.float64)
+    for rewards, group_size in ((same, 3), (double, 3), (same + 1e6, 6), (torch.rand(5), 1)):
         advantage = group_advantage(rewards.to(device), group_size, scale=scale, eps=eps)
         assert torch.equal(advantage.cpu(), torch.zeros(len(rewards)))
 
@@ -47,6 +48,13 @@ def test_one_group_of_equal_rewards_does_not_disturb_the_others(device, truth):
     advantage = group_advantage(rewards, 3)
     assert (advantage[:3] == 0).all()
     truth.assert_close(advantage, expected(rewards, 3, "group_std"))
+
+
+def test_eps_is_added_to_the_std(device, truth):
+    rewards = torch.tensor([1.0, 3.0, 0.0, 8.0], device=device)  # stds of 1 and 4
+    truth.assert_close(
+        group_advantage(rewards, 2, eps=0.5), torch.tensor([-1 / 1.5, 1 / 1.5, -4 / 4.5, 4 / 4.5]).double()
+    )
 
 
 def test_a_large_common_offset_costs_no_accuracy(device, truth):

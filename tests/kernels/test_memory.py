@@ -30,11 +30,12 @@ def run_everything(s):
         s.x, x_next, pred, s.a, s.b, s.std, old + s.shift, s.advantage, **guided,
         pred_ref=s.pred_ref, kl_coef=0.1, kl_kind="chi2", weight=s.weight,
     )  # fmt: skip
+    drawn, _ = policy_sample(s.x, pred, s.a, s.b, s.std, seed=1, offset=torch.arange(len(s.x), device=s.x.device))
     log_prob = policy_log_prob(s.x, x_next, pred, s.a, s.b, s.std)
     divergence = policy_divergence(pred, s.pred_ref, s.b, s.std)
     advantage = group_advantage(s.advantage, s.advantage.shape[0])
     (result.loss + (log_prob * s.weight).sum() + divergence.sum()).backward()
-    return [t.detach() for t in (x_next, old, *result, log_prob, divergence, advantage, pred.grad, uncond.grad)]
+    return [t.detach() for t in (x_next, old, drawn, *result, log_prob, divergence, advantage, pred.grad, uncond.grad)]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,12 @@ def test_kernels_stay_inside_their_buffers(shape, dtype, monkeypatch, truth):
         assert (buffer[:BAND] == sentinel).all()
         assert (buffer[-BAND:] == sentinel).all()
     assert all(torch.equal(one, other) for one, other in zip(expected, guarded, strict=True))
+
+
+@only_interpreted
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 1), F32), ((3, 127), BF16), ((33, 9), F32), ((2, 2096), BF16)])
+def test_kernels_touch_nothing_but_elements_of_their_tensors(shape, dtype, bounds_checked, truth):
+    run_everything(truth.batch(shape, dtype=dtype))
 
 
 @pytest.fixture
