@@ -175,9 +175,9 @@ def row_sums(
 
 
 # tl.sum adds in the order in which the compiler spread a block over threads, and that depends on the dtypes that a
-# kernel loads: one row could be summed differently in sampling and in the loss. So what a thread reads is first added up
-# in explicit pairs, which have one order; of one number a thread, tl.sum has one order too. Which pairs is a matter of
-# cost: a thread holds neighbours where loads are vectors (aligned rows), else elements a stride apart.
+# kernel loads: one row could be summed differently in sampling and in the loss. So what a thread reads is first added
+# up in explicit pairs, which have one order; of one number a thread, tl.sum has one order too. Which pairs is a matter
+# of cost: a thread holds neighbours where loads are vectors (aligned rows), else elements a stride apart.
 
 
 @triton.jit
