@@ -57,6 +57,18 @@ class Student(Section):
     """"teacher" (a copy of its weights) or a directory with a student of the teacher's architecture."""
 
 
+class Model(Section):
+    fused_kernels: Literal["auto", "on", "off"] = "auto"
+    """Run the norms, gates and GEGLUs of teacher and student on our kernels (`engine.kernels.patch`). "auto": on a GPU;
+    "on": on any device, by the slower PyTorch reference on a CPU; "off": not at all."""
+
+    @field_validator("fused_kernels", mode="before")
+    @classmethod
+    def _word(cls, value: object) -> object:
+        # YAML 1.1 reads the bare words on and off as true and false
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class Policy(Section):
     kind: Literal["ddim", "flow_sde", "dance_sde", "cps", "edm_ancestral"] = "ddim"
     """Sampler whose noise is trained on: "ddim" for diffusion teachers; "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO)
@@ -229,6 +241,7 @@ class Config(Section):
     """"none", "auto" (the newest checkpoint in output_dir, if there is one) or the path of a run or a checkpoint."""
     teacher: Teacher = Teacher()
     student: Student = Student()
+    model: Model = Model()
     policy: Policy = Policy()
     rollout: Rollout = Rollout()
     prompts: Prompts = Prompts()

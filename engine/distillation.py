@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from engine import checkpoint, preflight, ranks, report
 from engine.config import Config, load_config
 from engine.errors import EngineError
 from engine.evaluate import Evaluator, gap_closed
+from engine.kernels import patch
+from engine.kernels.backend import runs_triton
 from engine.models.denoiser import Denoiser
 from engine.models.digits import TEACHER_DIR
 from engine.models.loading import LoadingError, fingerprint, load_denoiser, save_denoiser
@@ -66,7 +69,7 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
         checkpoint.check_compatible(state, config, teacher=weights, world_size=ranks.world_size(), origin=origin)
     device = ranks.device()
     for network in (teacher.network, student.network):
-        network.to(device)
+        fuse_kernels(network.to(device), config.model.fused_kernels)
     cache = Path(config.teacher.cache) if config.teacher.cache else folder / "teacher_cache"
     trainer = Trainer(config, teacher, student, reward, cache)
     if origin is not None:
@@ -98,6 +101,20 @@ def load(directory: Path, key: str) -> Denoiser:
         return load_denoiser(directory)
     except LoadingError as error:
         raise EngineError(f"{key}: {error}") from None
+
+
+def fuse_kernels(network: nn.Module, choice: str) -> None:
+    """Put the fused kernels into a network that is on its device, as model.fused_kernels says.
+
+    Raises:
+        EngineError: "on", but the network has nothing that they replace.
+    """
+    if choice == "off" or (choice == "auto" and not runs_triton(next(network.parameters()))):
+        return
+    if not patch(network) and choice == "on":
+        raise EngineError(
+            f"model.fused_kernels=on, but nothing in a {type(network).__name__} can be replaced; use auto or off"
+        )
 
 
 def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir: Path, weights: str) -> None:
