@@ -36,6 +36,21 @@ def check_like(name: str, value: object, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device}, but {like_name} on {like.device}; move them to one device")
 
 
+def check_channels(name: str, value: object, channels: int, x: Tensor) -> None:
+    """Raise unless ``value`` is a floating tensor (channels,) on the device of ``x``."""
+    check_floats(name, value)
+    if value.shape != (channels,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but x has {channels} channels; pass ({channels},)")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x on {x.device}; move them to one device")
+
+
+def refuse_float64(x: Tensor) -> None:
+    """TypeError for float64, which Triton's kernels would round to float32."""
+    if x.dtype == torch.float64:
+        raise TypeError("float64 is computed by the torch reference only; pass float32, or set ENGINE_KERNELS=torch")
+
+
 def per_sample(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     """One number for each sample of ``like`` (B, ...): a contiguous float tensor (B,) on its device.
 

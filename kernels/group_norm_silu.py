@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_batch, check_finite, check_floats, choose
+from .arguments import check_batch, check_channels, check_finite, choose, refuse_float64
 from .backend import launch, register
 from .group_norm_kernels import (
     MERGE_WARPS,
@@ -72,23 +72,13 @@ def group_norm_silu(
         absent, other = ("weight", "bias") if weight is None else ("bias", "weight")
         raise ValueError(f"{absent} is None, but {other} is not; pass both or neither")
     if weight is not None:
-        _check_per_channel("weight", weight, x)
-        _check_per_channel("bias", bias, x)
+        check_channels("weight", weight, x.shape[1], x)
+        check_channels("bias", bias, x.shape[1], x)
     eps = check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps={eps} is negative; it is added to a variance, pass a number >= 0")
     silu = choose("activation", activation, ("silu", "none")) == "silu"
     return _GroupNorm.apply(x, weight, bias, num_groups, eps, silu)
-
-
-def _check_per_channel(name: str, value: object, x: Tensor) -> None:
-    check_floats(name, value)
-    if value.shape != x.shape[1:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but x has {x.shape[1]} channels; pass ({x.shape[1]},)"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}, but x on {x.device}; move them to one device")
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -174,8 +164,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 def _readable(x: Tensor) -> tuple[Tensor, bool]:
     """x or else a contiguous copy of it, and whether its channels are the fast dimension."""
-    if x.dtype == torch.float64:
-        raise TypeError("float64 is computed by the torch reference only; pass float32, or set ENGINE_KERNELS=torch")
+    refuse_float64(x)
     if x.is_contiguous():
         return x, False
     if x.movedim(1, -1).is_contiguous():

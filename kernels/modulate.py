@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_finite, check_like, choose
+from .arguments import check_channels, check_finite, check_like, choose
 from .backend import register
 from .modulate_kernels import backward_kernels, empty_gradients, forward_kernels
 from .rows import compute_dtype
-from .tokens import check_channels, check_tokens, sum_tokens, vector_of
+from .tokens import check_tokens, sum_tokens, vector_of
 
 
 def norm_modulate(
@@ -106,7 +106,7 @@ def _modulated(x, gate, branch, shift, scale, weight, bias, eps, kind) -> tuple[
     scale = vector_of("scale", scale, x)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
-            check_channels(name, value, x)
+            check_channels(name, value, x.shape[2], x)
     if check_finite("eps", eps) < 0:
         raise ValueError(f"eps={eps} is negative; it is added to a variance, pass a number >= 0")
     rms = choose("kind", kind, ("layer", "rms")) == "rms"

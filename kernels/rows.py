@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import refuse_float64
 from .backend import launch
 from .noise import Noise, standard_normal
 
@@ -103,8 +104,7 @@ def _contiguous(x: Tensor) -> tuple[int, ...]:
 
 def arranged(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x`` itself when it has these strides, else one copy that has."""
-    if x.dtype == torch.float64:
-        raise TypeError("float64 is computed by the torch reference only; pass float32, or set ENGINE_KERNELS=torch")
+    refuse_float64(x)
     if _same_layout(x.shape, x.stride(), strides):
         return x
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

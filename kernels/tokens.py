@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_batch, check_floats
+from .arguments import check_batch, check_floats, refuse_float64
 
 # A program holds one token in registers; backwards, with its sums, more of it would spill.
 MAX_CHANNELS = 8192
@@ -39,23 +39,9 @@ def vector_of(name: str, value: object, tokens: Tensor) -> Tensor:
             f"{name} has shape {tuple(value.shape)}, but x has {tuple(tokens.shape)}; "
             f"pass one vector a sample, ({batch}, {d}) or ({batch}, 1, {d})"
         )
-    _check_device(name, value, tokens)
-    return value if value.dim() == 2 else value.squeeze(1)
-
-
-def check_channels(name: str, value: object, tokens: Tensor) -> None:
-    """Raise unless ``value`` is a floating tensor (D,) on the device of ``tokens`` (B, L, D)."""
-    check_floats(name, value)
-    if value.shape != tokens.shape[2:]:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but x has {tuple(tokens.shape)}; pass ({tokens.shape[2]},)"
-        )
-    _check_device(name, value, tokens)
-
-
-def _check_device(name: str, value: Tensor, tokens: Tensor) -> None:
     if value.device != tokens.device:
         raise ValueError(f"{name} is on {value.device}, but x on {tokens.device}; move them to one device")
+    return value if value.dim() == 2 else value.squeeze(1)
 
 
 def sum_tokens(values: Tensor) -> Tensor:
@@ -75,8 +61,7 @@ def readable(x: Tensor) -> Tensor:
     Rows of a multiple of 16 channels are always read in vectors: were it a matter of their address, so would be the
     order in which a row is summed.
     """
-    if x.dtype == torch.float64:
-        raise TypeError("float64 is computed by the torch reference only; pass float32, or set ENGINE_KERNELS=torch")
+    refuse_float64(x)
     aligned = x.shape[-1] % 16 or (x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1]))
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 

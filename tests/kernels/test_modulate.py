@@ -355,7 +355,7 @@ def test_without_a_shift_it_is_diffusers_lumina_rms_norm_zero(device, truth):
         ({"scale": None}, TypeError, "scale must be a tensor, got NoneType"),
         ({"gate": torch.rand(4)}, ValueError, r"gate has shape \(4,\), but x has \(2, 3, 4\); pass one vector a samp"),
         ({"branch": torch.rand(2, 3, 5)}, ValueError, r"branch has shape \(2, 3, 5\), but x has \(2, 3, 4\)"),
-        ({"weight": torch.rand(2, 4)}, ValueError, r"weight has shape \(2, 4\), but x has \(2, 3, 4\); pass \(4,\)"),
+        ({"weight": torch.rand(2, 4)}, ValueError, r"weight has shape \(2, 4\), but x has 4 channels; pass \(4,\)"),
         ({"bias": torch.ones(4, dtype=torch.int64)}, TypeError, "bias has dtype torch.int64; allowed are float32"),
         ({"scale": torch.rand(2, 4, device="meta")}, ValueError, "scale is on meta, but x on cpu; move them to one"),
         ({"eps": -1e-6}, ValueError, "eps=-1e-06 is negative; it is added to a variance"),
