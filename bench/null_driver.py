@@ -57,12 +57,16 @@ class NullDriver:
         return torch.device("cpu")
 
 
+def _always(tensor: torch.Tensor) -> bool:
+    return True  # a mock that returns it would take longer than the launch
+
+
 @contextmanager
 def null_driver(*, record: bool = False) -> Iterator[NullDriver]:
     """CPU tensors are launched on a ``NullDriver``; what they hold afterwards is meaningless."""
     active = NullDriver(record=record)
     with (
-        mock.patch.object(backend, "runs_triton", return_value=True),
+        mock.patch.object(backend, "runs_triton", _always),
         mock.patch.dict(backend._compiled, clear=True),
     ):
         driver.set_active(active)

@@ -101,6 +101,11 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
             f"rollout.conditions={rollout.conditions} is not a multiple of the {world_size} ranks; "
             "whole groups stay on one rank"
         )
+    if config.evaluation.held_out < world_size:
+        raise EngineError(
+            f"evaluation.held_out={config.evaluation.held_out} is fewer than the {world_size} ranks; "
+            "each draws a share of them"
+        )
     try:
         policy = make_policy(student, config.policy.kind, config.student.steps, config.policy.eta)
     except EngineError as error:
