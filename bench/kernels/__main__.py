@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.run_directory import write_atomically
+from bench.record import write_json
 
 from . import counting, interpreted, report, timing
 from .operations import DTYPES, OPERATIONS, Row
@@ -121,16 +120,18 @@ def select(options: argparse.Namespace) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    result = report.machine(arguments, options.device)
-    gpu = result["gpu"]
-    print(f"{len(options.rows)} rows on {gpu['name'] if gpu else 'no GPU: time and memory not measured'}", flush=True)
+    result = report.head(options.device)
+    gpu, machine = result["gpu"], result["machine"]
+    print(
+        f"{len(options.rows)} rows on {machine['gpu'] if gpu else 'no GPU: time and memory not measured'}", flush=True
+    )
     rows = result["rows"] = []
     for path in filter(None, (options.json, options.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     for row in figures(options.rows, options.device, gpu and gpu["copy_bandwidth"]):
         rows.append(row)
         if options.json:  # after each row: a long sweep may be cut short
-            write_atomically(options.json, json.dumps(result, indent=1) + "\n")
+            write_json(options.json, result)
     if gpu:
         print(f"copy bandwidth {gpu['copy_bandwidth'] / 1e9:.0f} GB/s; cold, warm and launched: see the JSON's method")
     print("cells: eager / compile / ours")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import subprocess
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from matplotlib.figure import Figure
 
+from bench.record import machine
+
 from . import timing
-from .counting import ROOT
 from .operations import Row
 
 IMPLEMENTATIONS = ("eager", "compile", "ours")
@@ -47,32 +43,17 @@ COLUMNS = {
 REASONS = ("refused", "not counted", "not measured")
 
 
-def machine(command: Sequence[str], device: str) -> dict[str, Any]:
-    """Where, when and of what code the figures are."""
+def head(device: str) -> dict[str, Any]:
+    """Where, when and of what code the figures are, and how they come about."""
     gpu = None
     if device == "cuda":
         properties = torch.cuda.get_device_properties()
         gpu = {
-            "name": properties.name,
             "processors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "copy_bandwidth": timing.copy_bandwidth(),
         }
-    return {
-        "what": "bench.kernels",
-        "command": shlex.join(["python", "-m", "bench.kernels", *command]),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "kernels", "bench/kernels")),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
-        "gpu": gpu,
-        "method": METHOD,
-    }
-
-
-def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return run.stdout.strip()
+    return {"machine": machine(device), "gpu": gpu, "method": METHOD}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
