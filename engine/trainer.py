@@ -247,6 +247,12 @@ class Trainer:
         names = ("loss/loss", "loss/clip_fraction", "loss/kl")
         metrics = {name: sum(column) / steps for name, column in zip(names, zip(*figures, strict=True), strict=True)}
         metrics["grad_norm"] = float(sum(norms)) / len(norms)
+        # in fp16 an overflow is the loss scale's business; DeepSpeed reports -1 for a norm that is not finite
+        if config.precision != "fp16" and not 0 <= metrics["grad_norm"] < math.inf:
+            raise EngineError(
+                f"iteration {self.iteration + 1}: the gradient is not finite under a finite loss, and the weights are "
+                "lost to it; go on from the last checkpoint (resume=auto) with a lower optimizer.lr"
+            )
         metrics["advantage/std"] = ranks.gather(advantage).std(unbiased=False).item()
         metrics = self._mean(metrics)
         first_error = self._max(first_error)

@@ -308,3 +308,11 @@ def test_offload_changes_where_states_are_and_nothing_else(start, placement):
     stage, _ = placement
     kept, offloaded = (numbers(start(*FIRST_STEP, *keys).train_iteration()) for keys in ((stage,), placement))
     assert offloaded == pytest.approx(kept, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_not_finite_ends_the_run(stage, start):
+    trainer = start(f"zero.stage={stage}", "train.updates=1", "train.inner_epochs=1")
+    next(trainer.engine.module.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(EngineError, match=r"iteration 1: the gradient is not finite .*resume=auto"):
+        trainer.train_iteration()
