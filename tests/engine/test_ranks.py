@@ -146,7 +146,7 @@ def test_more_ranks_than_held_out_conditions_are_refused(start):
         update={"evaluation": trainer.config.evaluation.model_copy(update={"held_out": 3})}
     )
     with pytest.raises(EngineError, match=r"evaluation\.held_out=3 is fewer than the 4 ranks"):
-        preflight.check(config, trainer.targets.teacher, trainer.student, 4)
+        preflight.check(config, trainer.targets.teacher, trainer.targets.teacher, 4)
 
 
 def test_one_rank_alone_gathers_and_broadcasts_what_it_has():
