@@ -9,7 +9,7 @@ from engine.kernels import PolicyLoss, policy_loss
 from engine.models.denoiser import Condition, Denoiser
 
 from .policies import GaussianPolicy
-from .rollout import Trajectory, coefficients, predict_step
+from .rollout import Trajectory, coefficients, predict_step, take
 
 
 def step_weights(policy: GaussianPolicy, kind: str) -> Tensor | None:
@@ -45,7 +45,7 @@ def pair_loss(
 
     Args:
         pairs: (B,) int64 indices into the trajectory's pairs.
-        condition: of the trajectory's samples, tensors (N, ...).
+        condition: tensors (K, ...), each of N / K consecutive samples of the trajectory's N.
         advantage: (N,) of its samples.
         reference: the frozen initial student, needed where kl_coef is not 0.
         weights: (T,) step weights, or None.
@@ -55,7 +55,7 @@ def pair_loss(
     """
     sample, step = trajectory.sample[pairs], trajectory.step[pairs]
     x = trajectory.latents[pairs]
-    rows = {name: value[sample] for name, value in condition.items()}
+    rows = take(condition, sample, len(trajectory.final))
     pred, uncond = predict_step(student, policy, x, step, rows, guidance)
     pred_ref = None
     if kl_coef:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ def rollout(
         denoiser: the student (or, with a deterministic policy, the teacher).
         policy: T steps; step i goes from timesteps[i] to the next.
         initial: (M, C, H, W) initial latents; sample j of row m is sample m * group_size + j.
-        condition: tensors (M, ...).
+        condition: tensors (K, ...), where K divides M: each is the condition of M / K consecutive rows.
         guidance: of the student.
         group_size: samples per row.
         step_noise: maps a step index to standard normal noise (M * group_size, C, H, W); needed by stochastic steps.
@@ -72,12 +72,12 @@ def rollout(
     passes, grouped = 0, group_size == 1
     for i, stochastic in enumerate(policy.stochastic.tolist()):
         if stochastic and not grouped:
-            x, condition, grouped = _repeat(x, condition, group_size)
+            x, grouped = x.repeat_interleave(group_size, 0), True
         passes += len(x) * denoiser.passes(guidance)
         noise = step_noise(i).to(x.device) if stochastic else torch.zeros((), device=x.device).expand_as(x)
         drawn = []
         for rows in torch.arange(len(x), device=x.device).split(batch_size or len(x)):
-            pred, uncond = predict_step(denoiser, policy, x[rows], i, _take(condition, rows), guidance)
+            pred, uncond = predict_step(denoiser, policy, x[rows], i, take(condition, rows, len(x)), guidance)
             drawn.append(
                 policy_sample(
                     x[rows], pred, *coefficients(policy, torch.full_like(rows, i)),
@@ -89,7 +89,7 @@ def rollout(
             records.append((x, x_next, torch.cat([pair[1] for pair in drawn]), i))
         x = x_next
     if not grouped:
-        x, condition, _ = _repeat(x, condition, group_size)
+        x = x.repeat_interleave(group_size, 0)
     return _trajectory(records, x, passes)
 
 
@@ -125,13 +125,14 @@ def first_pass_error(
     """Largest |ratio - 1| when an unchanged student scores all pairs of a trajectory again, in batches of another size.
 
     Args:
-        condition: of the samples, tensors (N, ...).
+        condition: tensors (K, ...), each of N / K consecutive samples of the trajectory's N.
     """
     worst = 0.0
     for pairs in torch.arange(len(trajectory.step), device=trajectory.step.device).split(batch_size):
         step = trajectory.step[pairs]
         x = trajectory.latents[pairs]
-        pred, uncond = predict_step(denoiser, policy, x, step, _take(condition, trajectory.sample[pairs]), guidance)
+        rows = take(condition, trajectory.sample[pairs], len(trajectory.final))
+        pred, uncond = predict_step(denoiser, policy, x, step, rows, guidance)
         log_prob = policy_log_prob(
             x, trajectory.next_latents[pairs], pred, *coefficients(policy, step), pred_uncond=uncond, guidance=guidance
         )
@@ -152,13 +153,33 @@ def default_ratio_tolerance(policy: GaussianPolicy, precision: str) -> float:
     return max(1e-5, 1e-6 * float((policy.b[scored].abs() / policy.std[scored]).max()))
 
 
-def _take(condition: Condition, rows: Tensor) -> Condition:
-    return {name: value[rows] for name, value in condition.items()}
+def take(condition: Condition, samples: Tensor, count: int) -> Condition:
+    """Conditions (B, ...) of `samples` (B,) int64 out of `count`, of which each row of `condition` holds an equal,
+    consecutive share: a group's condition is stored once, however many samples it has."""
+    return {name: value[samples * len(value) // count] for name, value in condition.items()}
 
 
-def _repeat(x: Tensor, condition: Condition, times: int) -> tuple[Tensor, Condition, bool]:
-    repeated = {name: value.repeat_interleave(times, 0) for name, value in condition.items()}
-    return x.repeat_interleave(times, 0), repeated, True
+def join(parts: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory of the samples of several, in their order; all by one policy."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [len(part.final) for part in parts]
+    steps = len(parts[0].step) // counts[0]
+    firsts = [sum(counts[:i]) for i in range(len(parts))]
+
+    def by_step(values: Sequence[Tensor]) -> Tensor:
+        split = [value.unflatten(0, (steps, count)) for value, count in zip(values, counts, strict=True)]
+        return torch.cat(split, dim=1).flatten(0, 1)
+
+    return Trajectory(
+        latents=by_step([part.latents for part in parts]),
+        next_latents=by_step([part.next_latents for part in parts]),
+        log_prob=by_step([part.log_prob for part in parts]),
+        sample=by_step([part.sample + first for part, first in zip(parts, firsts, strict=True)]),
+        step=by_step([part.step for part in parts]),
+        final=torch.cat([part.final for part in parts]),
+        passes=sum(part.passes for part in parts),
+    )
 
 
 def _trajectory(records: list[tuple[Tensor, Tensor, Tensor, int]], final: Tensor, passes: int) -> Trajectory:
