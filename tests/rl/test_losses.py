@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.models.digits import TEACHER_DIR
-from engine.models.loading import load_denoiser
+from engine.models.pipelines import load_pipeline
 from engine.rl import ddim_policy, flow_sde_policy
 from engine.rl.losses import pair_loss, step_weights
 from engine.rl.rollout import rollout
@@ -20,7 +20,7 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(scope="module")
 def scene():
     """A rollout by one student, and the same student after some updates, so that ratios differ from 1."""
-    before = load_denoiser(TEACHER_DIR)
+    before = load_pipeline(TEACHER_DIR).denoiser
     schedule = before.schedule
     policy = ddim_policy(schedule.alphas_cumprod, schedule.timesteps(4), eta=0.6)
     generator = torch.Generator().manual_seed(0)

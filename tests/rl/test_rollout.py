@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.kernels import policy_log_prob
 from engine.models.digits import TEACHER_DIR
-from engine.models.loading import load_denoiser
+from engine.models.pipelines import load_pipeline
 from engine.rl import ddim_policy, flow_sde_policy
 from engine.rl.losses import pair_loss
 from engine.rl.rollout import coefficients, default_ratio_tolerance, first_pass_error, predict_step, rollout
@@ -47,7 +47,7 @@ class Exact(nn.Module):
 
 @pytest.fixture(scope="module")
 def denoiser():
-    return load_denoiser(TEACHER_DIR)
+    return load_pipeline(TEACHER_DIR).denoiser
 
 
 @pytest.fixture(scope="module")
