@@ -119,7 +119,7 @@ def locate(resume: str, output_dir: Path | None) -> Path | None:
     return found[-1]
 
 
-STATE = {"iteration", "config", "teacher", "world_size", "best", "worst_ratio_error", "passes", "seconds"}
+STATE = {"iteration", "config", "teacher", "world_size", "best", "reward", "worst_ratio_error", "passes", "seconds"}
 """Keys of `trainer.json`."""
 
 

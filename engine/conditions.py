@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.models.denoiser import Condition
+from engine.rl.rewards import Asked
+from engine.sources import Source
 
 
 def seed_of(*parts: str | int) -> int:
@@ -32,33 +34,42 @@ def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class ConditionPool:
-    """`size` class-conditional conditions of one split, each with its own initial noise.
+    """`size` conditions of one split, each with its own initial noise.
 
     Attributes:
         split: "train" | "held_out" | "evaluation"; pools of different splits share no noise.
         seed: of the whole list.
-        size: number of conditions; classes take turns.
-        classes: number of classes.
+        size: number of conditions; the rows of the source take turns.
+        source: what is asked for.
         latent_shape: (C, H, W) of the noise.
     """
 
     split: str
     seed: int
     size: int
-    classes: int
+    source: Source
     latent_shape: tuple[int, int, int]
 
     def condition(self, indices: Tensor) -> Condition:
         """Network conditions (len(indices), ...) of pool indices (N,) int64."""
-        return {"class_labels": indices % self.classes}
+        return self.source.condition(indices % len(self.source))
+
+    def asked(self, indices: Tensor) -> Asked:
+        """What rewards are told of pool indices (N,) int64."""
+        return self.source.asked(indices % len(self.source))
+
+    def captions(self, indices: Tensor) -> list[str]:
+        """What a picture writes over each of pool indices (N,)."""
+        return [self.source.caption(row) for row in (indices % len(self.source)).tolist()]
 
     def initial_noise(self, indices: Tensor) -> Tensor:
         """(N, C, H, W) fp32 standard normal noise of pool indices (N,) int64."""
         return noise([seed_of("initial", self.split, self.seed, int(i)) for i in indices], self.latent_shape)
 
     def key(self, index: int) -> str:
-        """What identifies a condition in a cache: its class and its noise."""
-        return f"class={index % self.classes} noise={seed_of('initial', self.split, self.seed, index)}"
+        """What identifies a condition in a cache: what it asks for and its noise."""
+        name = self.source.name(index % len(self.source))
+        return f"{name} noise={seed_of('initial', self.split, self.seed, index)}"
 
     def draw(self, count: int, *, iteration: int) -> Tensor:
         """`count` different pool indices (count,) int64 for one iteration: each pool pass is a new permutation."""

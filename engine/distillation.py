@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from engine import checkpoint, preflight, ranks, report
+from engine import checkpoint, cloning, preflight, ranks, report
+from engine.conditions import Source
 from engine.config import Config, load_config
-from engine.errors import EngineError
 from engine.evaluate import Evaluator, gap_closed
-from engine.kernels import patch
-from engine.kernels.backend import runs_triton
+from engine.evaluation_checks import check_evaluation
 from engine.models.denoiser import Denoiser
-from engine.models.digits import TEACHER_DIR
-from engine.models.loading import LoadingError, fingerprint, load_denoiser, save_denoiser
+from engine.roles import Roles, fit, load_exported, load_roles, save_student
 from engine.run_directory import RunDirectory, resolve, write_atomically
+from engine.sources import encode_prompts, load_sources
 from engine.trainer import Trainer
 
 
@@ -31,7 +29,7 @@ class Result:
     """What a run leaves behind.
 
     Attributes:
-        student: the averaged student of the last iteration, a denoiser whose network is a diffusers model.
+        student: the averaged student of the last iteration, loaded from `student/` of the run directory.
         metrics: the content of `summary.json`; None on ranks other than the first.
         output_dir: the run directory.
     """
@@ -59,19 +57,19 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     ranks.start(config.train.threads)
     origin = checkpoint.locate(config.resume, None if config.output_dir is None else Path(config.output_dir))
     folder = Path(ranks.broadcast(str(resolve(config, origin))))
-    teacher_dir = teacher_directory(config)
-    teacher = load(teacher_dir, "teacher.path")
-    student = load(teacher_dir if config.student.init == "teacher" else Path(config.student.init), "student.init")
-    reward = preflight.check(config, teacher, student, ranks.world_size())
-    weights = fingerprint(teacher)
+    preflight.check_machine(config)
+    roles = load_roles(config)
+    sources = load_sources(config, roles.pipeline, folder)
+    reward = preflight.check(config, roles, ranks.world_size())
+    check_evaluation(config, roles.pipeline)
     if origin is not None:
         state = checkpoint.read_state(origin)
-        checkpoint.check_compatible(state, config, teacher=weights, world_size=ranks.world_size(), origin=origin)
-    device = ranks.device()
-    for network in (teacher.network, student.network):
-        fuse_kernels(network.to(device), config.model.fused_kernels)
+        checkpoint.check_compatible(state, config, teacher=roles.weights, world_size=ranks.world_size(), origin=origin)
+    encode_prompts(config, sources, roles.pipeline)  # before the networks are on the device: the encoders may be larger
+    for line in fit(roles, config):
+        _say(line)
     cache = Path(config.teacher.cache) if config.teacher.cache else folder / "teacher_cache"
-    trainer = Trainer(config, teacher, student, reward, cache)
+    trainer = Trainer(config, roles, sources, reward, cache)
     if origin is not None:
         trainer.restore(origin)
     run = None
@@ -80,44 +78,20 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
             folder, config, iteration=trainer.iteration, origin=None if origin is None else origin.parent.parent
         )
         checkpoint.remove_unfinished(folder / "checkpoints")
-        print(f"run directory: {folder}", flush=True)
+        _say(f"run directory: {folder}")
     ranks.barrier()
     if origin is not None and not checkpoint.carry_best(origin.parent, folder / "checkpoints", trainer.best):
         trainer.forget_best()
+    if config.cloning.iterations and trainer.iteration == 0:
+        losses = cloning.clone(trainer, roles.teacher)
+        _say(f"cloning: loss {losses[0]:.3g} -> {losses[-1]:.3g} in {len(losses)} steps")
     trainer.account.seconds["total"] += time.perf_counter() - started
-    _train(trainer, run, folder, teacher_dir, weights)
-    summary = _finish(trainer, run, folder, teacher_dir, teacher)
-    return Result(trainer.averaged, summary, folder)
+    _train(trainer, run, folder, roles)
+    summary = _finish(trainer, run, folder, roles, sources)
+    return Result(load_exported(config, folder / "student"), summary, folder)
 
 
-def teacher_directory(config: Config) -> Path:
-    """The diffusers directory that teacher.path means."""
-    return TEACHER_DIR if config.teacher.path == "digits" else Path(config.teacher.path)
-
-
-def load(directory: Path, key: str) -> Denoiser:
-    """A denoiser, or an error that names the configuration key."""
-    try:
-        return load_denoiser(directory)
-    except LoadingError as error:
-        raise EngineError(f"{key}: {error}") from None
-
-
-def fuse_kernels(network: nn.Module, choice: str) -> None:
-    """Put the fused kernels into a network that is on its device, as model.fused_kernels says.
-
-    Raises:
-        EngineError: "on", but the network has nothing that they replace.
-    """
-    if choice == "off" or (choice == "auto" and not runs_triton(next(network.parameters()))):
-        return
-    if not patch(network) and choice == "on":
-        raise EngineError(
-            f"model.fused_kernels=on, but nothing in a {type(network).__name__} can be replaced; use auto or off"
-        )
-
-
-def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir: Path, weights: str) -> None:
+def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Roles) -> None:
     config, checkpoints = trainer.config, folder / "checkpoints"
     samples = config.rollout.conditions * config.rollout.group_size
     with tqdm(
@@ -132,7 +106,7 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir
                 if row["reward/held_out_eta0"] > trainer.best["reward"]:
                     trainer.best = {"iteration": trainer.iteration, "reward": row["reward/held_out_eta0"]}
                     checkpoint.write_best(
-                        checkpoints, trainer.best, lambda path: _export(trainer, path / "student", teacher_dir)
+                        checkpoints, trainer.best, lambda path: _export(trainer, path / "student", roles)
                     )
             if run is not None:
                 run.log(row)
@@ -146,21 +120,31 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir
             trainer.account.seconds["total"] += time.perf_counter() - clock
             if last or (config.checkpoint.every and trainer.iteration % config.checkpoint.every == 0):
                 checkpoint.write(
-                    checkpoints, trainer.iteration, config.checkpoint.keep, lambda path: trainer.save(path, weights)
+                    checkpoints,
+                    trainer.iteration,
+                    config.checkpoint.keep,
+                    lambda path: trainer.save(path, roles.weights),
                 )
 
 
 def _finish(
-    trainer: Trainer, run: RunDirectory | None, folder: Path, teacher_dir: Path, teacher: Denoiser
+    trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Roles, sources: Mapping[str, Source]
 ) -> dict[str, Any] | None:
     config = trainer.config
     clock = time.perf_counter()
-    evaluator = Evaluator(config, teacher, trainer.device)
+    evaluator = Evaluator(config, roles.pipeline, trainer.device, sources["evaluation"], weights=roles.weights)
+    teacher, guidance = roles.teacher, config.student.guidance
     teacher_row = evaluator.row(teacher, config.teacher.steps, guidance=config.teacher.guidance)
     few_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance)
-    guidance = config.student.guidance
-    student_row = evaluator.row(trainer.averaged, config.student.steps, guidance=guidance)
-    noisy_row = evaluator.row(trainer.averaged, config.student.steps, guidance=guidance, eta=config.policy.eta)
+    dpm_row = None
+    if config.evaluation.dpm:
+        dpm_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance, dpm=True)
+    with trainer.averaged.installed():
+        own = trainer.averaged.fingerprint() if config.evaluation.store else None
+        student_row = evaluator.row(trainer.student, config.student.steps, guidance=guidance, weights=own)
+        noisy_row = evaluator.row(
+            trainer.student, config.student.steps, guidance=guidance, eta=config.policy.eta, weights=own
+        )
     seconds = dict(trainer.account.seconds)
     seconds["evaluation"] = time.perf_counter() - clock
     seconds["total"] += seconds["evaluation"]
@@ -169,6 +153,7 @@ def _finish(
         "teacher_few_steps": few_row.metrics,
         "student": student_row.metrics,
         "student_training_eta": noisy_row.metrics,
+        **({} if dpm_row is None else {"teacher_few_steps_dpm": dpm_row.metrics}),
         "gap_closed": gap_closed(teacher_row.metrics, few_row.metrics, student_row.metrics),
         "evaluation_samples": config.evaluation.samples,
         "evaluation_seed": config.evaluation.seed,
@@ -182,7 +167,7 @@ def _finish(
         "threads_per_rank": torch.get_num_threads(),
         "versions": preflight.versions(),
     }
-    checkpoint.replace(folder / "student", lambda path: _export(trainer, path, teacher_dir))
+    checkpoint.replace(folder / "student", lambda path: _export(trainer, path, roles))
     if run is None:
         ranks.barrier()
         return None
@@ -193,16 +178,21 @@ def _finish(
             f"teacher, {config.student.steps} steps": few_row.images,
             f"student, {config.student.steps} steps": student_row.images,
         },
-        [str(label) for label in evaluator.shown_labels],
+        evaluator.captions,
     )
     report.write_curves(folder / "curves.png", run.metrics)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     run.close()
-    print(report.summary_table(summary), f"\n{folder}/samples.png  curves.png  summary.json  student/", flush=True)
+    _say(report.summary_table(summary) + f"\n{folder}/samples.png  curves.png  summary.json  student/")
     ranks.barrier()
     return summary
 
 
-def _export(trainer: Trainer, directory: Path, schedule_of: Path) -> None:
+def _export(trainer: Trainer, directory: Path, roles: Roles) -> None:
     if ranks.is_first():
-        save_denoiser(directory, trainer.averaged.network, schedule_of)
+        save_student(trainer.config, roles.pipeline, trainer.averaged.values, directory)
+
+
+def _say(text: str) -> None:
+    if ranks.is_first():
+        print(text, flush=True)

@@ -10,14 +10,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 
 from engine.chatter import silence
 from engine.checkpoint import existing
 from engine.config import load_config
-from engine.distillation import load, teacher_directory
 from engine.errors import EngineError
-from engine.models.loading import save_denoiser
+from engine.roles import adapt, load, save_student, teacher_directory
 
 
 def export(run: Path, output: Path, which: str | None = None) -> None:
@@ -44,10 +43,10 @@ def export(run: Path, output: Path, which: str | None = None) -> None:
         shutil.copytree(checkpoints / "best" / "student", output)
         return
     config = load_config(run / "config.yaml")
-    teacher_dir = teacher_directory(config)
-    student = load(teacher_dir, "teacher.path")
-    load_model(student.network, str(checkpoints / name / "ema.safetensors"))
-    save_denoiser(output, student.network, teacher_dir)
+    pipeline = load(teacher_directory(config), "teacher.path", config)
+    if config.lora.rank:
+        adapt(pipeline, config)
+    save_student(config, pipeline, load_file(checkpoints / name / "ema.safetensors"), output)
 
 
 def main(arguments: list[str] | None = None) -> None:

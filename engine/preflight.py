@@ -9,28 +9,41 @@ from pathlib import Path
 
 from engine import ranks
 from engine.config import Config
+from engine.conflicts import conflicts
 from engine.errors import EngineError
-from engine.models.denoiser import Denoiser
+from engine.models.denoiser import Denoiser, check_guidance
 from engine.models.digits import load_reward_encoder
-from engine.rl.rewards import CompositeReward, RewardError, composite_reward
+from engine.models.loading import LoadingError
+from engine.rl.rewards import CompositeReward, RewardError, make_reward
+from engine.roles import Roles
 from engine.sampling import deterministic_policy, make_policy
 
 DIGIT_SHAPE, DIGIT_CLASSES = (1, 8, 8), 10
 
 
-def check(config: Config, teacher: Denoiser, student: Denoiser, world_size: int) -> CompositeReward:
-    """Refuse what cannot work, with the key, the value and what is allowed; returns the reward that was asked for.
+def check_machine(config: Config) -> None:
+    """Refuse what this machine or the combination of keys cannot do, before anything is loaded.
 
     Raises:
         EngineError: one paragraph.
     """
     _machine(config)
-    _networks(config, teacher, student)
-    _schedules(config, teacher, student)
-    _sizes(config, student, world_size)
-    if config.prompts.path is not None:
-        raise EngineError(f"prompts.path={config.prompts.path}: the teacher is conditioned on classes, not on text")
-    return _reward(config, teacher)
+    problems = conflicts(config, ranks.device().type)
+    if problems:
+        raise EngineError("; ".join(problems))
+
+
+def check(config: Config, roles: Roles, world_size: int) -> CompositeReward:
+    """Refuse what cannot work, with the key, the value and what is allowed; returns the reward that was asked for.
+
+    Raises:
+        EngineError: one paragraph.
+    """
+    _networks(config, roles)
+    _schedules(config, roles.teacher, roles.student)
+    _guidance(config, roles)
+    _sizes(config, roles.student, world_size)
+    return _reward(config, roles.teacher)
 
 
 def is_digits(denoiser: Denoiser) -> bool:
@@ -60,18 +73,36 @@ def _machine(config: Config) -> None:
         raise EngineError(f"teacher.cache={cache} is a file; give a folder, new or of earlier runs")
 
 
-def _networks(config: Config, teacher: Denoiser, student: Denoiser) -> None:
-    for denoiser, key in ((teacher, "teacher.path"), (student, "student.init")):
+def _networks(config: Config, roles: Roles) -> None:
+    for denoiser, key in ((roles.teacher, "teacher.path"), (roles.student, "student.init")):
         bad = [n for n, p in denoiser.network.named_parameters() if not bool(p.isfinite().all())]
         if bad:
             raise EngineError(f"{key}: {len(bad)} weights are not finite, the first is {bad[0]}")
-    shapes = [{n: p.shape for n, p in d.network.named_parameters()} for d in (teacher, student)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(n for n in {*shapes[0], *shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
+    if config.student.architecture or roles.student.network is roles.teacher.network:
+        return
+    # named by the configuration, as quantised weights have shapes of their own
+    before, after = (dict(denoiser.network.config) for denoiser in (roles.teacher, roles.student))
+    differing = sorted(
+        key
+        for key in {*before, *after}
+        if not key.startswith("_") and key != "quantization_config" and before.get(key) != after.get(key)
+    )
+    if differing:
         raise EngineError(
             f"student.init={config.student.init} is another architecture than the teacher; "
-            f"{len(differing)} parameters differ, the first is {differing[0]}"
+            f"{len(differing)} entries of its configuration differ, the first is {differing[0]}"
         )
+
+
+def _guidance(config: Config, roles: Roles) -> None:
+    for key, denoiser, guidance in (
+        ("teacher.guidance", roles.teacher, config.teacher.guidance),
+        ("student.guidance", roles.student, config.student.guidance),
+    ):
+        try:
+            check_guidance(denoiser, guidance)
+        except LoadingError as error:
+            raise EngineError(f"{key}: {error}") from None
 
 
 def _schedules(config: Config, teacher: Denoiser, student: Denoiser) -> None:
@@ -131,15 +162,23 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
 
 
 def _reward(config: Config, teacher: Denoiser) -> CompositeReward:
-    needs_encoder = {"feature", "class_log_prob"} & set(config.reward.terms)
+    terms = config.reward.terms.items()
+    kinds = {value.get("kind", name) if isinstance(value, dict) else name for name, value in terms}
+    needs_encoder = kinds & {"feature", "class_log_prob"}
     if needs_encoder and not is_digits(teacher):
         raise EngineError(
             f"reward.terms={sorted(config.reward.terms)}: {', '.join(sorted(needs_encoder))} read the digit encoder, "
-            f"which sees 10 classes of {DIGIT_SHAPE}; this teacher draws {teacher.classes} of {teacher.latent_shape}. "
-            "Use pixel"
+            f"which sees 10 classes of {DIGIT_SHAPE}; this teacher draws {teacher.classes or 'no'} classes of "
+            f"{teacher.latent_shape}. Use pixel, clip or dino"
         )
     encoder = load_reward_encoder().to(ranks.device()) if needs_encoder else None
     try:
-        return composite_reward(config.reward.terms, encoder)
+        reward = make_reward(
+            config.reward.terms, device=ranks.device(), encoder=encoder, standardize=config.reward.standardize
+        )
     except RewardError as error:
-        raise EngineError(f"reward.terms: {error}") from None
+        raise EngineError(str(error)) from None
+    asking = [name for name, term in reward.terms.items() if term.asks == "prompt"]
+    if asking and teacher.classes is not None:
+        raise EngineError(f"reward.terms.{asking[0]} reads prompts; the teacher is conditioned on classes")
+    return reward

@@ -16,6 +16,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as F
 
 CURVES = (
     "reward/mean",
@@ -34,6 +35,7 @@ LOGARITHMIC = {"ratio/first_pass_error": 1e-9}
 SUMMARY_ROWS = {
     "teacher": "teacher",
     "teacher_few_steps": "teacher, few steps",
+    "teacher_few_steps_dpm": "teacher, DPM-Solver++",
     "student": "student",
     "student_training_eta": "student, training eta",
 }
@@ -49,6 +51,7 @@ SUMMARY_COLUMNS = {
 }
 
 CELL_PIXELS = 72  # small images are enlarged by the least whole factor that reaches this
+LARGEST_CELL_PIXELS = 256  # larger images are reduced, or ten columns of them would be a file of 100 MB
 GAP_PIXELS = 6
 DPI = 100
 INK = "#222222"
@@ -61,7 +64,7 @@ def write_samples(path: str | os.PathLike[str], rows: Mapping[str, Tensor], colu
     Args:
         path: the file; its folder is made when it is missing.
         rows: label on the left -> images (len(columns), C, H, W) in [-1, 1], C = 1 (gray) or 3 (RGB), one shape for
-            all rows. Values beyond [-1, 1] are clamped. Small images are enlarged without smoothing.
+            all rows. Values beyond [-1, 1] are clamped. Small images are enlarged without smoothing, large reduced.
         columns: the labels on top.
 
     Raises:
@@ -182,9 +185,13 @@ def _check_rows(rows: Mapping[str, Tensor], columns: Sequence[str]) -> None:
 
 
 def _strip(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1] -> one row (H', W', 3) in [0, 1], enlarged, with white gaps between the images."""
+    """(N, C, H, W) in [-1, 1] -> one row (H', W', 3) in [0, 1], enlarged or reduced, white gaps between the images."""
+    images = images.detach().to("cpu", torch.float32).clamp(-1, 1)
+    if max(images.shape[-2:]) > LARGEST_CELL_PIXELS:
+        scale = LARGEST_CELL_PIXELS / max(images.shape[-2:])
+        images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
     factor = max(1, math.ceil(CELL_PIXELS / max(images.shape[-2:])))
-    pixels = (images.detach().to("cpu", torch.float32).clamp(-1, 1) + 1) / 2
+    pixels = (images + 1) / 2
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).permute(0, 2, 3, 1)
     cells = pixels.expand(*pixels.shape[:3], 3).numpy()
     gap = np.ones((cells.shape[1], GAP_PIXELS, 3))

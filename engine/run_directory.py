@@ -17,6 +17,9 @@ from engine.errors import EngineError
 
 RUNS = Path("runs")
 
+CACHES = ("prompt_cache", "teacher_cache")
+"""What a run may leave that was stopped before its first iteration; it is read again, never taken on trust."""
+
 
 def resolve(config: Config, origin: Path | None) -> Path:
     """Where a run writes: output_dir, the run that is resumed, or a new folder below `runs/`.
@@ -38,7 +41,7 @@ def resolve(config: Config, origin: Path | None) -> Path:
         return RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.objective.kind}-seed{config.seed}-{os.getpid()}"
     if folder.exists() and not folder.is_dir():
         raise EngineError(f"output_dir={folder} is a file; give a new folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(path.name not in CACHES for path in folder.iterdir()):
         return folder
     if resumed is not None and folder.resolve() == resumed.resolve():
         newest = checkpoint.existing(origin.parent)[-1]

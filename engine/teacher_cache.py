@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.conditions import ConditionPool
 from engine.models.denoiser import Denoiser
-from engine.models.loading import fingerprint
 from engine.rl.rollout import rollout
 from engine.sampling import deterministic_policy
 
@@ -29,13 +28,21 @@ class TeacherCache:
     Args:
         folder: created when needed.
         teacher: the denoiser that draws.
+        weights: fingerprint of its network.
         steps: its number of steps.
         guidance: its guidance weight.
         batch_size: most latents in one forward pass; None: all.
     """
 
     def __init__(
-        self, folder: Path, teacher: Denoiser, *, steps: int, guidance: float, batch_size: int | None = None
+        self,
+        folder: Path,
+        teacher: Denoiser,
+        weights: str,
+        *,
+        steps: int,
+        guidance: float,
+        batch_size: int | None = None,
     ) -> None:
         self.folder = folder
         self.teacher = teacher
@@ -43,7 +50,7 @@ class TeacherCache:
         self.batch_size = batch_size
         self.policy = deterministic_policy(teacher, steps)
         sampler = {name: getattr(self.policy, name).tolist() for name in ("timesteps", "a", "b")}
-        what = {"weights": fingerprint(teacher), "guidance": guidance, **sampler}
+        what = {"weights": weights, "guidance": guidance, **sampler}
         self.key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         self.passes = 0
         self._memory: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="deepspeed engine/train.py",
         description="Distill a many-step diffusion teacher into a few-step student by policy optimisation.",
-        epilog="Every key, its default and its meaning: engine/config.py.",
+        epilog="Every key, its default and its meaning: engine/settings.py.",
     )
     parser.add_argument("--config", help="YAML file; default: the embedded digits")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher

@@ -7,48 +7,33 @@ resumption change nothing.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import checkpoint, ranks, zero
 from engine.account import Account
-from engine.conditions import ConditionPool, noise, seed_of
+from engine.averaging import AveragedWeights
+from engine.collector import Batch, Collector, Samples
+from engine.conditions import ConditionPool, Source, seed_of
 from engine.config import Config
 from engine.errors import EngineError
-from engine.models.denoiser import Condition, Denoiser
+from engine.models.denoiser import Denoiser
 from engine.rl import GaussianPolicy
 from engine.rl.advantages import RunningBaseline, grpo_advantage
 from engine.rl.losses import pair_loss, step_weights
 from engine.rl.rewards import CompositeReward, RewardError
-from engine.rl.rollout import Trajectory, default_ratio_tolerance, first_pass_error, rollout
-from engine.sampling import deterministic_policy, make_policy, sample, to_images
+from engine.rl.rollout import default_ratio_tolerance, first_pass_error
+from engine.roles import Roles
+from engine.sampling import deterministic_policy, make_policy, sample
 from engine.teacher_cache import TeacherCache
 
 _ADVICE = "nothing was updated with it. Lower optimizer.lr, or look at the last rows of metrics.jsonl"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclasses.dataclass
-class Batch:
-    """One rank's conditions of one iteration: M whole groups.
-
-    Attributes:
-        slots: (M,) int64, places in the iteration's list of conditions, over all ranks.
-        indices: (M,) int64, pool indices.
-        condition: network conditions (M, ...).
-    """
-
-    slots: Tensor
-    indices: Tensor
-    condition: Condition
 
 
 class Trainer:
@@ -56,39 +41,31 @@ class Trainer:
 
     Args:
         config: of the run.
-        teacher: frozen denoiser on this rank's device.
-        student: its network is trained, in place.
+        roles: the networks on this rank's device; the student's is trained, in place.
+        sources: what the conditions of each split ask for.
         reward: scores images against the teacher's.
-        cache_folder: of the teacher's target images.
+        cache_folder: of the teacher's target latents.
     """
 
     def __init__(
-        self, config: Config, teacher: Denoiser, student: Denoiser, reward: CompositeReward, cache_folder: Path
+        self, config: Config, roles: Roles, sources: Mapping[str, Source], reward: CompositeReward, cache_folder: Path
     ) -> None:
         self.config = config
         self.device = ranks.device()
         self.reward = reward
-        self.targets = TeacherCache(
-            cache_folder,
-            teacher,
-            steps=config.teacher.steps,
-            guidance=config.teacher.guidance,
-            batch_size=config.rollout.batch_size,
+        student, settings = roles.student, config.evaluation
+        self.pool = ConditionPool(
+            "train", config.seed, config.rollout.pool, sources["train"], roles.teacher.latent_shape
         )
-        self.pool = ConditionPool("train", config.seed, config.rollout.pool, teacher.classes, teacher.latent_shape)
         self.held_out = ConditionPool(
-            "held_out", config.evaluation.seed, config.evaluation.held_out, teacher.classes, teacher.latent_shape
+            "held_out", settings.seed, settings.held_out, sources["held_out"], roles.teacher.latent_shape
         )
         self.policies = self._policies(student)
         self.step_weights = step_weights(self._policy(student), config.objective.step_weights)
         self.ratio_tolerance = config.train.ratio_tolerance or default_ratio_tolerance(
             self._policy(student), config.precision
         )
-        self.reference = None
-        if config.objective.kl_coef:
-            frozen = copy.deepcopy(student.network).requires_grad_(False).to(DTYPES[config.precision])
-            self.reference = student.with_network(frozen)
-        self.averaged = student.with_network(copy.deepcopy(student.network).requires_grad_(False))
+        self.reference = roles.reference
         self.engine = zero.initialize(
             config,
             student.network,
@@ -97,85 +74,61 @@ class Trainer:
             world_size=ranks.world_size(),
         )
         self.student = student.with_network(self.engine)
+        self.averaged = AveragedWeights(self.engine, config.ema.decay)
         self.baseline = RunningBaseline(config.rollout.pool, decay=config.objective.baseline_decay)
         self.iteration = 0
         self.worst_ratio_error = 0.0
         self.forget_best()
         self.account = Account()
+        targets = TeacherCache(
+            cache_folder,
+            roles.teacher,
+            roles.weights,
+            steps=config.teacher.steps,
+            guidance=config.teacher.guidance,
+            batch_size=config.rollout.batch_size,
+        )
+        self.collector = Collector(config, self.student, self.pool, targets, reward, roles.decode, self.account)
+
+    def start_from_here(self) -> None:
+        """Take the student as it is for the initial one: of the average, and of the reference if it has weights of its
+        own."""
+        self.averaged = AveragedWeights(self.engine, self.config.ema.decay)
+        if self.reference is not None and self.reference.network is not self.engine.module:
+            self.reference.network.load_state_dict(self.averaged.values, strict=False)
 
     # ------------------------------------------------------------------ the algorithm
 
     def train_iteration(self) -> dict[str, float]:
         """One iteration; returns its metrics."""
         with self.account.settled() as costs:
-            batch = self.draw_conditions()
             policy = self.policies[self.iteration % len(self.policies)]
-            with self.account.timed("teacher"):
-                targets = self.teacher_images(self.pool, batch.indices)
-            with self.account.timed("rollout"):
-                trajectory = self.roll_out(batch, policy)
-            condition = _repeat(batch.condition, self.config.rollout.group_size)
-            with self.account.timed("reward"):
-                rewards, metrics = self.score(trajectory, targets, condition)
-            advantage = self.advantages(rewards, batch)
+            try:
+                samples = self.collector.collect(self.iteration, policy)
+            except RewardError as error:
+                raise EngineError(f"iteration {self.iteration + 1}: {error}; {_ADVICE}") from None
+            rewards, metrics = self.rewards(samples)
+            advantage = self.advantages(rewards, samples.batch)
             if self.iteration == 0:
-                self.check_first_pass(policy, trajectory, condition)
+                self.check_first_pass(samples)
             with self.account.timed("update"):
-                metrics |= self.update(batch, policy, trajectory, condition, advantage)
-            self.average_student()
+                metrics |= self.update(samples, advantage)
+            self.averaged.follow()
             self.iteration += 1
         return {"iteration": self.iteration, **metrics, **costs}
 
-    def draw_conditions(self) -> Batch:
-        """This rank's share of the iteration's conditions; the list of all ranks is the same for any number of them."""
-        count = self.config.rollout.conditions
-        slots = torch.arange(count)[ranks.share(count)]
-        indices = self.pool.draw(count, iteration=self.iteration)[slots]
-        condition = {name: value.to(self.device) for name, value in self.pool.condition(indices).items()}
-        return Batch(slots, indices, condition)
-
-    def teacher_images(self, pool: ConditionPool, indices: Tensor, *, role: str = "teacher") -> Tensor:
-        """Target images (M, C, H, W) in [0, 1], drawn once per condition; its passes count as `role`."""
-        before = self.targets.passes
-        latents = self.targets.targets(pool, indices, self.device)
-        self.account.passes[role] += self.targets.passes - before
-        return to_images(latents)
-
-    def roll_out(self, batch: Batch, policy: GaussianPolicy) -> Trajectory:
-        """group_size samples of each condition by the student's policy."""
-        config, size, shape = self.config, self.config.rollout.group_size, self.pool.latent_shape
-        initial, condition, repeat = self.pool.initial_noise(batch.indices), batch.condition, size
-        if config.rollout.pairing == "prompt":
-            # Each sample starts from noise of its own, so no two rows of a group are ever equal.
-            initial, condition, repeat = self._noise("initial", batch, shape, rows=size), _repeat(condition, size), 1
-        trajectory = rollout(
-            self.student,
-            policy,
-            initial.to(self.device),
-            condition,
-            guidance=config.student.guidance,
-            group_size=repeat,
-            step_noise=lambda step: self._noise("step", batch, shape, rows=size, step=step),
-            batch_size=config.rollout.batch_size,
-        )
-        self.account.passes["student_forward"] += trajectory.passes
-        return trajectory
-
-    def score(self, trajectory: Trajectory, targets: Tensor, condition: Condition) -> tuple[Tensor, dict[str, float]]:
-        """Rewards (samples of all ranks,) fp32 and their statistics."""
-        size = self.config.rollout.group_size
-        try:
-            with torch.no_grad():
-                total, terms = self.reward(to_images(trajectory.final), targets.repeat_interleave(size, 0), condition)
-        except RewardError as error:
-            raise EngineError(f"iteration {self.iteration + 1}: {error}; {_ADVICE}") from None
-        names = list(terms)
-        table = ranks.gather(torch.stack([total, *(terms[name] for name in names)], dim=1).double())
-        rewards = table[:, 0]
-        metrics = {"reward/mean": rewards.mean().item(), "reward/std": rewards.std(unbiased=False).item()}
-        metrics["reward/within_group_std"] = rewards.view(-1, size).std(1, unbiased=False).mean().item()
-        metrics |= {f"reward/{name}": table[:, i + 1].mean().item() for i, name in enumerate(names)}
-        return rewards.float(), metrics
+    def rewards(self, samples: Samples) -> tuple[Tensor, dict[str, float]]:
+        """Rewards (samples of all ranks,) fp32 on this rank's device, and statistics of their unstandardised sum."""
+        terms, size = samples.terms, self.config.rollout.group_size
+        if self.reward.standardizer is not None:
+            self.reward.standardizer.update(terms)
+        total = self.reward.weighted(terms)
+        metrics = {"reward/mean": total.mean().item(), "reward/std": total.std(unbiased=False).item()}
+        metrics["reward/within_group_std"] = total.view(-1, size).std(1, unbiased=False).mean().item()
+        for name, values in terms.items():
+            metrics[f"reward/{name}"] = values.mean().item()
+            metrics[f"reward/{name}_std"] = values.std(unbiased=False).item()
+        return self.reward.total(terms).float().to(self.device), metrics
 
     def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
         """Advantages of this rank's samples (N,) from the rewards of all ranks."""
@@ -188,36 +141,35 @@ class Trainer:
             advantage = grpo_advantage(rewards, size, **scaling)
         return advantage.view(-1, size)[batch.slots].flatten()
 
-    def check_first_pass(self, policy: GaussianPolicy, trajectory: Trajectory, condition: Condition) -> None:
+    def check_first_pass(self, samples: Samples) -> None:
         """Score the first rollout again, all of it, before anything is trained on a ratio that is not 1."""
         error = first_pass_error(
             self.student,
-            policy,
-            trajectory,
-            condition,
+            samples.policy,
+            samples.trajectory,
+            samples.batch.condition,
             guidance=self.config.student.guidance,
             batch_size=self.micro_batch,
         )
-        self.account.passes["student_forward"] += len(trajectory.step) * self.student.passes(self._guidance)
+        self.account.passes["student_forward"] += len(samples.trajectory.step) * self.student.passes(self._guidance)
         self._refuse_ratio(error)
 
-    def update(
-        self, batch: Batch, policy: GaussianPolicy, trajectory: Trajectory, condition: Condition, advantage: Tensor
-    ) -> dict[str, float]:
+    def update(self, samples: Samples, advantage: Tensor) -> dict[str, float]:
         """Inner epochs over the shuffled pairs; every minibatch holds as many pairs of each group."""
         config = self.config
-        lr = zero.set_learning_rate(self.engine, config, self.iteration)
+        lr = zero.learning_rate(config, self.iteration)
+        zero.set_learning_rate(self.engine, lr)
         figures, norms, first_error = [], [], None
         for epoch in range(config.train.inner_epochs):
-            for minibatch in self.minibatches(batch, trajectory, epoch):
+            for minibatch in self.minibatches(samples, epoch):
                 parts, errors = [], []
                 for pairs in minibatch.split(self.micro_batch):
                     result = pair_loss(
                         self.student,
-                        policy,
-                        trajectory,
+                        samples.policy,
+                        samples.trajectory,
                         pairs,
-                        condition,
+                        samples.batch.condition,
                         advantage,
                         guidance=self._guidance,
                         clip_range=config.objective.clip_range,
@@ -259,56 +211,47 @@ class Trainer:
         self.worst_ratio_error = max(self.worst_ratio_error, first_error)
         return {**metrics, "ratio/first_pass_error": first_error, "lr": lr}
 
-    def minibatches(self, batch: Batch, trajectory: Trajectory, epoch: int) -> Iterator[Tensor]:
+    def minibatches(self, samples: Samples, epoch: int) -> Iterator[Tensor]:
         """Pair indices (pairs of a rank / updates,) of each optimizer step of an inner epoch.
 
         Each group's pairs are shuffled by a generator of their own and dealt out evenly, so a minibatch is the same set
         of pairs on one rank and on many.
         """
-        groups, size = len(batch.slots), self.config.rollout.group_size
-        stochastic_steps = len(trajectory.step) // (groups * size)
-        pairs = torch.arange(len(trajectory.step)).view(stochastic_steps, groups, size)
+        slots, pairs = samples.batch.slots, len(samples.trajectory.step)
+        groups, size = len(slots), self.config.rollout.group_size
+        stochastic_steps = pairs // (groups * size)
+        pairs = torch.arange(pairs).view(stochastic_steps, groups, size)
         by_group = pairs.transpose(0, 1).reshape(groups, -1)
         order = [
             torch.randperm(by_group.shape[1], generator=torch.Generator().manual_seed(seed))
-            for seed in (seed_of("shuffle", self.config.seed, self.iteration, epoch, int(slot)) for slot in batch.slots)
+            for seed in (seed_of("shuffle", self.config.seed, self.iteration, epoch, int(slot)) for slot in slots)
         ]
         shuffled = by_group.gather(1, torch.stack(order)).to(self.device)
         for minibatch in shuffled.chunk(self.config.train.updates, dim=1):
             yield minibatch.flatten()
 
-    @torch.no_grad()
-    def average_student(self) -> None:
-        """The averaged student follows the trained one."""
-        averaged = dict(self.averaged.network.named_parameters())
-        for name, value in zero.full_parameters(self.engine):
-            averaged[name].lerp_(value.to(averaged[name]), 1 - self.config.ema.decay)
-
     # ------------------------------------------------------------------ held-out reward and checkpoints
 
+    @torch.no_grad()
     def evaluate_held_out(self) -> dict[str, float]:
         """The averaged student's eta = 0 reward on held-out conditions."""
-        config = self.config
-        indices = torch.arange(self.held_out.size)[ranks.share(self.held_out.size)]
-        condition = {name: value.to(self.device) for name, value in self.held_out.condition(indices).items()}
-        with self.account.settled():
-            targets = self.teacher_images(self.held_out, indices, role="evaluation")
-            final, passes = sample(
-                self.averaged,
-                deterministic_policy(self.averaged, config.student.steps),
-                self.held_out,
-                indices,
-                guidance=self._guidance,
-                device=self.device,
-                batch_size=config.rollout.batch_size,
-            )
-            self.account.passes["evaluation"] += passes
-        try:
-            with torch.no_grad():
-                total, _ = self.reward(to_images(final), targets, condition)
-        except RewardError as error:
-            raise EngineError(f"iteration {self.iteration}, on held-out conditions: {error}; {_ADVICE}") from None
-        return {"reward/held_out_eta0": ranks.gather(total.double()).mean().item()}
+        config, pool = self.config, self.held_out
+        mine = torch.arange(pool.size)[ranks.share(pool.size)]
+        policy = deterministic_policy(self.student, config.student.steps)
+        parts = []
+        with self.account.settled(), self.averaged.installed():
+            for indices in mine.split(config.rollout.batch_size or len(mine)):
+                targets = self.collector.teacher_latents(pool, indices, role="evaluation")
+                final, passes = sample(self.student, policy, pool, indices, guidance=self._guidance, device=self.device)
+                self.account.passes["evaluation"] += passes
+                try:
+                    parts.append(self.collector.score(final, targets, pool, indices))
+                except RewardError as error:
+                    raise EngineError(
+                        f"iteration {self.iteration}, on held-out conditions: {error}; {_ADVICE}"
+                    ) from None
+        terms = {name: ranks.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        return {"reward/held_out_eta0": self.reward.weighted(terms).mean().item()}
 
     def forget_best(self) -> None:
         """No iteration is the best one so far."""
@@ -316,9 +259,9 @@ class Trainer:
 
     def save(self, folder: Path, teacher_fingerprint: str) -> None:
         """Write everything that an exact continuation needs; every rank calls it."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
         if ranks.is_first():
-            save_model(self.averaged.network, str(folder / "ema.safetensors"))
+            save_file(self.averaged.values, folder / "ema.safetensors")
             save_file(self.baseline.state_dict(), folder / "baseline.safetensors")
             state = {
                 "iteration": self.iteration,
@@ -326,6 +269,7 @@ class Trainer:
                 "teacher": teacher_fingerprint,
                 "world_size": ranks.world_size(),
                 "best": self.best,
+                "reward": None if self.reward.standardizer is None else self.reward.standardizer.state_dict(),
                 "worst_ratio_error": self.worst_ratio_error,
                 "passes": dict(self.account.passes),
                 "seconds": dict(self.account.seconds),
@@ -338,9 +282,11 @@ class Trainer:
         if not (folder / "deepspeed").is_dir():
             raise EngineError(f"checkpoint {folder} has no DeepSpeed state; resume from another")
         try:
-            loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-            load_model(self.averaged.network, str(folder / "ema.safetensors"))
+            loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+            self.averaged.load(load_file(folder / "ema.safetensors"))
             self.baseline.load_state_dict(load_file(folder / "baseline.safetensors"))
+            if self.reward.standardizer is not None:
+                self.reward.standardizer.load_state_dict(state["reward"])
         except Exception as error:  # torch, safetensors and DeepSpeed raise many kinds for cut or foreign files
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise EngineError(f"checkpoint {folder} cannot be read: {reason}; resume from another") from None
@@ -387,10 +333,6 @@ class Trainer:
             student, config.policy.kind, config.student.steps, config.policy.eta, stochastic_steps=stochastic_steps
         )
 
-    def _noise(self, kind: str, batch: Batch, shape: tuple[int, ...], *, rows: int, step: int = 0) -> Tensor:
-        seeds = [seed_of(kind, self.config.seed, self.iteration, int(slot), step) for slot in batch.slots]
-        return noise(seeds, (rows, *shape)).flatten(0, 1)
-
     def _refuse_ratio(self, error: float) -> None:
         tolerance = self.ratio_tolerance
         if not error <= tolerance:
@@ -417,7 +359,3 @@ class Trainer:
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         table = ranks.gather(torch.tensor([list(metrics.values())], dtype=torch.float64))
         return dict(zip(metrics, table.mean(0).tolist(), strict=True))
-
-
-def _repeat(condition: Condition, times: int) -> Condition:
-    return {name: value.repeat_interleave(times, 0) for name, value in condition.items()}

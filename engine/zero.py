@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, wor
         "train_batch_size": micro_batch * accumulation * world_size,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": _bf16(config),
         "fp16": {"enabled": config.precision == "fp16"},
         # bitsandbytes is not on DeepSpeed's list, and offload must keep the optimizer that was asked for.
         "zero_allow_untested_optimizer": True,
@@ -46,6 +46,14 @@ def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, wor
         "steps_per_print": 10**9,
     }
     return _merged(built, config.zero.deepspeed, "zero.deepspeed")
+
+
+def _bf16(config: Config) -> dict[str, bool]:
+    section = {"enabled": config.precision == "bf16"}
+    if config.zero.master_weights == "bf16":
+        # DeepSpeed asks for the states along with them; 8-bit states stay as they are.
+        section |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return section
 
 
 def _merged(built: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
@@ -61,19 +69,27 @@ def _merged(built: dict[str, Any], extra: dict[str, Any], where: str) -> dict[st
 
 
 def make_optimizer(config: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that optimizer.kind names, over the trainable parameters."""
-    settings = config.optimizer
-    arguments = {
-        "lr": settings.lr,
-        "betas": settings.betas,
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.kind == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+    """The optimizer that optimizer.kind names: torch's AdamW, or one of bitsandbytes'.
 
-        return AdamW8bit(parameters, **arguments)
-    return torch.optim.AdamW(parameters, **arguments)
+    Args:
+        parameters: the trainable ones.
+    """
+    settings = config.optimizer
+    arguments = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if "adamw" in settings.kind:
+        arguments["eps"] = settings.eps
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(parameters, **arguments)
+    from bitsandbytes import optim
+
+    made = {
+        "adamw8bit": optim.AdamW8bit,
+        "paged_adamw8bit": optim.PagedAdamW8bit,
+        "lion": optim.Lion,
+        "lion8bit": optim.Lion8bit,
+        "paged_lion8bit": optim.PagedLion8bit,
+    }
+    return made[settings.kind](parameters, **arguments)
 
 
 def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumulation: int, world_size: int) -> Any:
@@ -84,7 +100,7 @@ def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumula
     logger.setLevel(logging.ERROR)
     engine, *_ = deepspeed.initialize(
         model=network,
-        optimizer=make_optimizer(config, [p for p in network.parameters() if p.requires_grad]),
+        optimizer=make_optimizer(config, [parameter for _, parameter in trainable_parameters(network)]),
         config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation, world_size=world_size),
         dist_init_required=False,
     )
@@ -101,26 +117,60 @@ def learning_rate(config: Config, iteration: int) -> float:
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule])
 
 
-def set_learning_rate(engine: Any, config: Config, iteration: int) -> float:
-    """Give every parameter group the learning rate of an iteration, and return it."""
-    lr = learning_rate(config, iteration)
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Give every parameter group a learning rate."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    return lr
+
+
+def trainable_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the network, parameter) of all that is trained: of an engine's network, or of one without an engine."""
+    network = getattr(engine, "module", engine)
+    return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, full fp32 value) of every parameter, whatever the ZeRO stage; all ranks must iterate together."""
+    """(name, full fp32 value) of all that is trained, whatever the ZeRO stage: the optimizer's master weight, where it
+    has one. All ranks must iterate together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters: dict[Tensor, Tensor] = {}
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # low precision without ZeRO
         for low, full in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             masters.update(zip(low, full, strict=True))
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trainable_parameters(engine):
         full = masters.get(parameter)
         full = safe_get_full_fp32_param(parameter) if full is None else full
-        yield name, (parameter if full is None else full).detach()
+        yield name, (parameter if full is None else full).detach().float()
+
+
+@torch.no_grad()
+def write_parameters(engine: Any, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Let the network compute with other values of what is trained, until those that are returned are written back.
+
+    The values are rounded to the network's precision. The optimizer's master weights stay (in fp32 without ZeRO there
+    are none), so take no optimizer step in between.
+
+    Args:
+        engine: a DeepSpeed engine of any ZeRO stage, all of whose ranks call this together; or a network.
+        values: name in the network -> full value, equal on all ranks; what is not named stays.
+
+    Returns:
+        What stood there: the same names, full values in the network's precision, in host memory.
+
+    Raises:
+        KeyError: a name of nothing that is trained.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    parameters, before = dict(trainable_parameters(engine)), {}
+    for name, value in values.items():
+        parameter = parameters[name]
+        # Written on rank 0 and spread from there; where nothing is partitioned, by every rank to its own.
+        with GatheredParameters([parameter], modifier_rank=0):
+            before[name] = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(value)
+    return before
 
 
 def step(engine: Any) -> Tensor | float | None:

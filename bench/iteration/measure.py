@@ -22,6 +22,7 @@ from engine.conditions import ConditionPool
 from engine.config import Config
 from engine.models.denoiser import Denoiser
 from engine.sampling import deterministic_policy, sample, to_images
+from engine.sources import Classes
 from engine.trainer import Trainer
 
 PHASES = ("teacher", "rollout", "reward", "update")
@@ -182,7 +183,9 @@ class Judge:
         self.config, self.teacher, self.device = config, teacher, ranks.device()
         self.reward = preflight.check(config, teacher, teacher, ranks.world_size())
         settings = config.evaluation
-        self.pool = ConditionPool("held_out", settings.seed, settings.held_out, teacher.classes, teacher.latent_shape)
+        self.pool = ConditionPool(
+            "held_out", settings.seed, settings.held_out, Classes(teacher.classes), teacher.latent_shape
+        )
         self.indices = torch.arange(self.pool.size)
         self.targets = self._draw(teacher.network, config.teacher.steps)
 

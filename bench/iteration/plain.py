@@ -33,6 +33,7 @@ from engine.config import Config
 from engine.models.denoiser import Denoiser
 from engine.rl.rewards import CompositeReward
 from engine.sampling import to_images
+from engine.sources import Classes
 from engine.zero import learning_rate, make_optimizer
 
 
@@ -119,7 +120,9 @@ class PlainLoop:
         self.recipe, self.config, self.reward = recipe, config, reward
         self.teacher, self.student = teacher.network, student
         self.device = next(student.parameters()).device
-        self.pool = ConditionPool("train", config.seed, config.rollout.pool, teacher.classes, teacher.latent_shape)
+        self.pool = ConditionPool(
+            "train", config.seed, config.rollout.pool, Classes(teacher.classes), teacher.latent_shape
+        )
         indices = torch.arange(self.pool.size)
         self.noise = self.pool.initial_noise(indices).to(self.device)
         self.labels = self.pool.condition(indices)["class_labels"].to(self.device)

@@ -168,18 +168,28 @@ def tiny_config(tiny_overrides):
 
 @pytest.fixture
 def start(tiny_config, tmp_path):
-    """`start("key=value", ...)`: a trainer of the tiny run, with a teacher cache of its own."""
+    """`start("key=value", ..., reward=None)`: a trainer of the tiny run, with a teacher cache of its own.
 
-    def make(*overrides: str):
+    `reward(images, targets, asked)` is trained on in place of `reward.terms`, under the function's name.
+    """
+
+    def make(*overrides: str, reward=None):
         from engine import preflight, ranks
-        from engine.distillation import load
+        from engine.rl.rewards import CompositeReward, Term
+        from engine.roles import fit, load_roles
+        from engine.sources import encode_prompts, load_sources
         from engine.trainer import Trainer
 
         config = tiny_config(tmp_path / "run", *FIXED, *overrides)
         ranks.start(1)
-        teacher, student = (load(Path(config.teacher.path), "teacher.path") for _ in range(2))
-        reward = preflight.check(config, teacher, student, 1)
-        return Trainer(config, teacher, student, reward, Path(tempfile.mkdtemp(dir=tmp_path)))
+        roles = load_roles(config)
+        asked_for = preflight.check(config, roles, 1)
+        if reward is not None:
+            asked_for = CompositeReward({reward.__name__: Term(1.0, lambda _: reward)})
+        sources = load_sources(config, roles.pipeline, tmp_path / "run")
+        encode_prompts(config, sources, roles.pipeline)
+        fit(roles, config)
+        return Trainer(config, roles, sources, asked_for, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     return make
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine import EngineError, checkpoint
-from engine.distillation import RunDirectory
-from engine.run_directory import read_metrics
+from engine.run_directory import RunDirectory, read_metrics
 from engine.trainer import Trainer
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"

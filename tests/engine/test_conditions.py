@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.conditions import ConditionPool, noise, seed_of
+from engine.sources import Classes
 
 SHAPE = (1, 4, 4)
 
 
 def pool(size: int, *, split: str = "train", seed: int = 0, classes: int = 10) -> ConditionPool:
-    return ConditionPool(split, seed, size, classes, SHAPE)
+    return ConditionPool(split, seed, size, Classes(classes), SHAPE)
 
 
 # noise

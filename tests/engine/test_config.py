@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 import engine
 from engine import Config, EngineError, load_config
-from engine.config import CONFIGS, Section, valid_keys
+from engine.config import CONFIGS, valid_keys
+from engine.settings import Section
 
 # design.md's fixed names, as far as they exist, each with a value that it must take.
 FIXED = {

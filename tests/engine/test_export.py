@@ -12,15 +12,16 @@ import engine
 import engine.evaluate
 import engine.export
 from engine.conditions import ConditionPool
-from engine.models.loading import load_denoiser
+from engine.models.pipelines import load_pipeline
 from engine.sampling import deterministic_policy, sample
+from engine.sources import Classes
 
 pytestmark = pytest.mark.usefixtures("quick_finish")
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
 STEPS = 3
-POOL = ConditionPool("train", 5, 20, 10, (1, 8, 8))
+POOL = ConditionPool("train", 5, 20, Classes(10), (1, 8, 8))
 INDICES = torch.tensor([0, 3, 11, 19])
 
 
@@ -102,14 +103,14 @@ def test_export_takes_the_named_checkpoint_or_the_newest(tmp_path, finished, sto
     assert sorted(weights) == sorted(averaged)
     assert all(torch.equal(weights[name], averaged[name]) for name in weights)
     drawn = stock_ddim(tmp_path / "out", POOL.initial_noise(INDICES), INDICES % 10, STEPS, 1.0)
-    torch.testing.assert_close(drawn, ours(load_denoiser(tmp_path / "out"), 1.0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn, ours(load_pipeline(tmp_path / "out").denoiser, 1.0), rtol=0, atol=1e-4)
 
 
 def test_export_takes_the_best_student(tmp_path, finished):
     engine.export.export(finished, tmp_path / "out", "best")
     best = finished / "checkpoints" / "best" / "student"
     assert (tmp_path / "out" / UNET).read_bytes() == (best / UNET).read_bytes()
-    load_denoiser(tmp_path / "out")
+    load_pipeline(tmp_path / "out")
 
 
 def test_the_newest_export_is_the_student_of_a_finished_run(tmp_path, finished):

@@ -9,8 +9,12 @@ from diffusers import UNet2DModel
 
 import engine
 from engine import EngineError, load_config
-from engine.distillation import fuse_kernels
-from engine.models.loading import load_denoiser
+from engine.kernels import patch
+from engine.models.pipelines import load_pipeline
+from engine.roles import fuse_kernels
+
+
+CPU = torch.device("cpu")
 
 
 def fused(network):
@@ -37,26 +41,29 @@ def test_another_word_is_refused_by_name():
 )
 def test_the_device_decides_unless_told(tiny_teacher, monkeypatch, choice, on_cpu, on_gpu):
     for has_triton, expected in ((False, on_cpu), (True, on_gpu)):
-        monkeypatch.setattr("engine.distillation.runs_triton", lambda tensor, has_triton=has_triton: has_triton)
-        network = load_denoiser(tiny_teacher).network
-        fuse_kernels(network, choice)
+        monkeypatch.setattr("engine.roles.runs_triton", lambda tensor, has_triton=has_triton: has_triton)
+        network = load_pipeline(tiny_teacher).denoiser.network
+        fuse_kernels(network, choice, CPU)
         assert bool(fused(network)) == expected
 
 
 def test_on_is_refused_where_nothing_can_be_replaced():
     with pytest.raises(EngineError, match=r"model\.fused_kernels=on, but nothing in a Linear can be replaced"):
-        fuse_kernels(torch.nn.Linear(2, 2), "on")
+        fuse_kernels(torch.nn.Linear(2, 2), "on", CPU)
 
 
 @pytest.mark.usefixtures("quick_finish")
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_has_the_same_figures_and_leaves_a_stock_student(tiny_config, tmp_path, stage):
+def test_a_run_has_the_same_figures_and_leaves_a_stock_student(tiny_config, tmp_path, monkeypatch, stage):
     rows, unets = {}, {}
-    for choice, modules in (("off", 0), ("on", 26)):
-        # with the teacher, the student, its frozen reference and its average, each another copy of the network
+    for choice, expected in (("off", []), ("on", [26, 26, 26])):
+        patched = []
+        monkeypatch.setattr("engine.roles.patch", lambda network, seen=patched: seen.append(network) or patch(network))
+        # with the student, the teacher and the frozen reference, each another copy of the network
         settings = ("iterations=4", "objective.kl_coef=0.1", f"zero.stage={stage}", f"model.fused_kernels={choice}")
         result = engine.distill(tiny_config(tmp_path / choice, *settings))
-        assert fused(result.student.network) == modules
+        assert [fused(network) for network in patched] == expected
+        assert fused(result.student.network) == 0
         lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
         rows[choice] = [
             {name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines

@@ -1,14 +1,26 @@
-"""The metrics against their textbook formulas, the `prdc` package and analytic Gaussians."""
+"""The metrics against their textbook formulas, the `prdc` package, scipy's filters and analytic Gaussians."""
 
+import math
 import time
 
 import numpy as np
 import prdc
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 
-from engine.metrics import class_accuracy, frechet_distance, paired_cosine, precision_recall_density_coverage
+from engine import metrics
+from engine.metrics import (
+    class_accuracy,
+    diversity,
+    frechet_distance,
+    kernel_distance,
+    paired_cosine,
+    precision_recall_density_coverage,
+    psnr,
+    ssim,
+)
 
 
 def normal(count: int, dim: int, *, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -62,6 +74,49 @@ def test_frechet_distance_of_identical_sets_is_zero_in_any_dtype_and_far_from_th
         assert frechet_distance(features, features.clone()) == pytest.approx(0, abs=1e-9)
 
 
+# Kernel distance
+
+
+def kid_by_loops(a: torch.Tensor, b: torch.Tensor) -> float:
+    def kernel(x, y) -> float:
+        return (sum(p * q for p, q in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    a, b = a.tolist(), b.tolist()
+    m, n = len(a), len(b)
+    within_a = sum(kernel(a[i], a[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    within_b = sum(kernel(b[i], b[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    return within_a + within_b - 2 * sum(kernel(x, y) for x in a for y in b) / (m * n)
+
+
+def test_kernel_distance_of_whole_sets_is_the_double_loop():
+    a, b = normal(30, 5), normal(30, 5, seed=1, scale=1.3, shift=0.2)
+    ours = kernel_distance(a, b, subsets=3, subset_size=30)
+    assert ours.mean == pytest.approx(kid_by_loops(a, b), rel=1e-10)
+    assert ours.std == pytest.approx(0, abs=1e-12)
+
+
+def test_kernel_distance_averages_subsets_drawn_without_repetition():
+    a, b = normal(40, 3), normal(50, 3, seed=1, shift=0.5)
+    generator = torch.Generator().manual_seed(7)
+    expected = []
+    for _ in range(4):
+        rows = [torch.randperm(n, generator=generator)[:20] for n in (40, 50)]
+        assert all(len(set(r.tolist())) == 20 for r in rows)
+        expected.append(kid_by_loops(a[rows[0]], b[rows[1]]))
+    ours = kernel_distance(a, b, subsets=4, subset_size=20, seed=7)
+    assert ours.mean == pytest.approx(np.mean(expected), rel=1e-10)
+    assert ours.std == pytest.approx(np.std(expected), rel=1e-10)
+
+
+def test_kernel_distance_is_unbiased_for_few_samples_where_the_frechet_distance_is_not():
+    kernel = [kernel_distance(normal(30, 8, seed=2 * i), normal(30, 8, seed=2 * i + 1), subset_size=30, subsets=1).mean
+              for i in range(300)]  # fmt: skip
+    frechet = [frechet_distance(normal(30, 8, seed=2 * i), normal(30, 8, seed=2 * i + 1)) for i in range(100)]
+    assert abs(np.mean(kernel)) < 3 * np.std(kernel) / math.sqrt(300)
+    assert min(kernel) < 0 < max(kernel)
+    assert np.mean(frechet) > 10 * np.std(frechet) / math.sqrt(100)
+
+
 # Precision, recall, density, coverage
 
 
@@ -71,6 +126,14 @@ def test_prdc_is_that_of_the_package(shift, scale, nearest_k):
     real, fake = normal(300, 8), normal(250, 8, seed=1, scale=scale, shift=shift)
     ours = precision_recall_density_coverage(real, fake, nearest_k=nearest_k)
     assert ours == pytest.approx(prdc.compute_prdc(real.numpy(), fake.numpy(), nearest_k=nearest_k), abs=1e-12)
+
+
+def test_prdc_in_blocks_is_that_of_the_whole(monkeypatch):
+    real, fake = normal(300, 8), normal(250, 8, seed=1, shift=0.5)
+    real[:20] = real[0]  # repeated points, whose balls are empty
+    whole = precision_recall_density_coverage(real, fake)
+    monkeypatch.setattr(metrics, "BLOCK", 250 * 7)
+    assert precision_recall_density_coverage(real, fake) == whole
 
 
 def test_precision_counts_any_ball_not_only_that_of_the_nearest_real():
@@ -130,6 +193,57 @@ def test_paired_cosine_pairs_rows():
     assert paired_cosine(a[:3], a[:3].bfloat16()) == pytest.approx(1.0)
 
 
+# Images in pairs, and groups
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_is_ten_times_the_logarithm_of_peak_over_error():
+    a = images(3, 2, 4, 4)
+    b = a.clone()
+    b[0] += 0.1
+    b[1, 0, 0, 0] += 0.5
+    expected = [20.0, -10 * math.log10(0.25 / 32), math.inf]
+    assert psnr(a, b).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def ssim_by_scipy(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al. 2004 with scipy's Gaussian filter, of one channel."""
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        return scipy.ndimage.gaussian_filter(x, 1.5, radius=5)[5:-5, 5:-5]
+
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+    c1, c2 = 1e-4, 9e-4
+    return float(((2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (16, 23), (40, 32)])
+def test_ssim_is_the_formula_with_scipys_gaussian(shape):
+    a, b = images(2, 3, *shape), images(2, 3, *shape, seed=1)
+    b = 0.7 * a + 0.3 * b
+    expected = [
+        np.mean([ssim_by_scipy(*(x[i, c].double().numpy() for x in (a, b))) for c in range(3)]) for i in range(2)
+    ]
+    assert ssim(a, b).tolist() == pytest.approx(expected, rel=1e-9)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1], rel=1e-12)
+
+
+def test_diversity_is_the_mean_distance_within_groups():
+    features = normal(12, 6)
+    cosine = lambda x, y: float(x @ y / (x.norm() * y.norm()))  # noqa: E731
+    pairs = [(3 * g + i, 3 * g + j) for g in range(4) for i, j in ((0, 1), (0, 2), (1, 2))]
+    expected = np.mean([1 - cosine(features[i], features[j]) for i, j in pairs])
+    assert diversity(features, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_collapsed_generator_has_no_diversity_however_its_prompts_differ():
+    assert diversity(normal(10, 6).repeat_interleave(4, 0) * 3, 4) == pytest.approx(0, abs=1e-12)
+
+
 # Errors
 
 nan_row = torch.ones(8, 3).index_fill(0, torch.tensor([2]), float("nan"))
@@ -146,6 +260,15 @@ nan_row = torch.ones(8, 3).index_fill(0, torch.tensor([2]), float("nan"))
         (lambda: precision_recall_density_coverage(torch.ones(9, 3), nan_row), r"1 of 8 rows"),
         (lambda: precision_recall_density_coverage(torch.ones(9, 3), torch.ones(9, 2)), r"of one D"),
         (lambda: precision_recall_density_coverage(nan_row, nan_row, nearest_k=0), r"nearest_k=0 must be >= 1"),
+        (lambda: kernel_distance(torch.ones(9, 3), torch.ones(9, 2), subset_size=5), r"of one D"),
+        (lambda: kernel_distance(torch.ones(9, 3), torch.ones(20, 3), subset_size=10), r"at least 10 samples"),
+        (lambda: kernel_distance(nan_row, nan_row, subset_size=4), r"1 of 8 rows"),
+        (lambda: kernel_distance(nan_row, nan_row, subset_size=1), r"subset_size=1 >= 2"),
+        (lambda: diversity(torch.ones(9, 3), 2), r"got \(9, 3\) and group_size=2"),
+        (lambda: diversity(torch.ones(9, 3), 1), r"group_size >= 2"),
+        (lambda: diversity(nan_row, 2), r"1 of 8 rows"),
+        (lambda: psnr(torch.ones(2, 1, 4, 4), torch.ones(2, 3, 4, 4)), r"of one shape"),
+        (lambda: ssim(torch.ones(2, 1, 12, 10), torch.ones(2, 1, 12, 10)), r"at least 11 pixels, got \(2, 1, 12, 10\)"),
         (lambda: class_accuracy(torch.ones(4, 3), torch.zeros(3, dtype=torch.long)), r"labels \(N,\)"),
         (lambda: class_accuracy(torch.ones(2, 3), torch.tensor([0, 3])), r"integers in 0..2"),
         (lambda: class_accuracy(torch.ones(2, 3), torch.ones(2)), r"integers in 0..2, got torch.float32"),

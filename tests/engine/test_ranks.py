@@ -13,6 +13,7 @@ import torch
 import engine
 from engine import preflight, ranks
 from engine.errors import EngineError
+from engine.roles import load_roles
 from engine.run_directory import read_metrics
 
 TRAIN = Path(engine.__file__).parent / "train.py"
@@ -140,13 +141,10 @@ def test_shares_are_contiguous_cover_everything_and_differ_by_one_at_most(monkey
             assert count % world_size or len(set(sizes)) == 1
 
 
-def test_more_ranks_than_held_out_conditions_are_refused(start):
-    trainer = start("rollout.conditions=4")
-    config = trainer.config.model_copy(
-        update={"evaluation": trainer.config.evaluation.model_copy(update={"held_out": 3})}
-    )
+def test_more_ranks_than_held_out_conditions_are_refused(tiny_config, tmp_path):
+    config = tiny_config(tmp_path, "rollout.conditions=4", "evaluation.held_out=3")
     with pytest.raises(EngineError, match=r"evaluation\.held_out=3 is fewer than the 4 ranks"):
-        preflight.check(config, trainer.targets.teacher, trainer.targets.teacher, 4)
+        preflight.check(config, load_roles(config), 4)
 
 
 def test_one_rank_alone_gathers_and_broadcasts_what_it_has():

@@ -29,18 +29,17 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from engine.models.digits import TEACHER_DIR
-from engine.models.loading import load_denoiser
+from engine.models.pipelines import load_pipeline
 from engine.rl import flow_sde_policy
 from engine.rl.advantages import grpo_advantage
 from engine.rl.losses import pair_loss
 from engine.rl.rollout import rollout
-from engine.sampling import to_images
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_1_negative_advantages_have_the_whole_gradient_under_guidance(guidance):
     """The reference's ratios of 0.02 lay outside its clip range, where what should be unlearned has no gradient."""
-    denoiser = load_denoiser(TEACHER_DIR)
+    denoiser = load_pipeline(TEACHER_DIR).denoiser
     policy = flow_sde_policy([1.0, 0.7, 0.4, 0.0], noise_level=0.7)
     labels = torch.tensor([1, 1, 8, 8])
     generator = torch.Generator().manual_seed(0)
@@ -74,26 +73,21 @@ def test_1_negative_advantages_have_the_whole_gradient_under_guidance(guidance):
 
 def test_3_groups_hold_one_condition_so_a_reward_of_the_condition_alone_teaches_nothing(start):
     """The reference's groups mixed prompts: easy prompts were reinforced, hard ones unlearned."""
-    trainer = start("advantage.scale=none")
+    def reward_of_the_class(images, targets, asked):
+        return asked["class_labels"].float() ** 2
 
-    def reward(images, targets, condition):
-        score = condition["class_labels"].float() ** 2
-        return score, {"class": score}
-
-    trainer.reward = reward
-    row = trainer.train_iteration()
+    row = start("advantage.scale=none", reward=reward_of_the_class).train_iteration()
     assert row["reward/std"] > 1
     assert row["reward/within_group_std"] == row["advantage/std"] == row["grad_norm"] == 0
 
 
 def test_3_samples_are_compared_with_the_teachers_image_of_their_own_condition(start):
     trainer = start("reward.terms={pixel: 1}")
-    batch = trainer.draw_conditions()
-    targets = trainer.teacher_images(trainer.pool, batch.indices)
-    trajectory = trainer.roll_out(batch, trainer.policies[0])
-    rewards, _ = trainer.score(trajectory, targets, batch.condition)
-    images = to_images(trajectory.final)
+    samples = trainer.collector.collect(0, trainer.policies[0])
+    latents = trainer.collector.teacher_latents(trainer.pool, samples.batch.indices)
+    images, targets = ((x / 2 + 0.5).clamp(0, 1) for x in (samples.trajectory.final, latents))
     expected = [-((images[i] - targets[i // 4]) ** 2).mean().item() for i in range(16)]
+    rewards, _ = trainer.rewards(samples)
     assert rewards.tolist() == pytest.approx(expected, rel=1e-5)
     assert trainer.train_iteration()["reward/mean"] == pytest.approx(sum(expected) / 16, rel=1e-5)
 
@@ -125,35 +119,36 @@ def test_5_the_teachers_target_is_the_same_image_every_time(start):
     for seed in range(2):
         trainer = start()  # with an empty cache
         torch.manual_seed(seed)
-        assert not bool(trainer.targets.policy.stochastic.any())
-        targets.append(trainer.teacher_images(trainer.pool, torch.tensor([3, 0])))
+        assert not bool(trainer.collector.targets.policy.stochastic.any())
+        targets.append(trainer.collector.teacher_latents(trainer.pool, torch.tensor([3, 0])))
         assert trainer.account.passes["teacher"] == 2 * 6
     assert torch.equal(targets[0], targets[1])
 
 
 def test_6_images_darker_than_mid_grey_keep_their_shades():
+    decode = load_pipeline(TEACHER_DIR).decode
     shades = torch.linspace(-1, 1, 9).view(1, 1, 3, 3)
-    torch.testing.assert_close(to_images(shades).flatten(), torch.linspace(0, 1, 9))
-    assert to_images(torch.tensor([[[[-3.0, 3.0]]]])).flatten().tolist() == [0, 1]
+    torch.testing.assert_close(decode(shades).flatten(), torch.linspace(0, 1, 9))
+    assert decode(torch.tensor([[[[-3.0, 3.0]]]])).flatten().tolist() == [0, 1]
 
 
 def test_7_the_encoder_sees_both_sides_alike(start):
     trainer = start("reward.terms={feature: 1}")
     seen = []
-    encoder = trainer.reward.encoder
-    trainer.reward = dataclasses.replace(trainer.reward, encoder=lambda images: seen.append(images) or encoder(images))
-    batch = trainer.draw_conditions()
-    targets = trainer.teacher_images(trainer.pool, batch.indices)
-    trajectory = trainer.roll_out(batch, trainer.policies[0])
-    trainer.score(trajectory, targets, batch.condition)
+    collector, encoder = trainer.collector, trainer.reward.encoder
+    collector.reward = dataclasses.replace(trainer.reward, encoder=lambda images: seen.append(images) or encoder(images))
+    batch = collector.draw_conditions(0)
+    latents = collector.teacher_latents(trainer.pool, batch.indices)
+    final = collector.roll_out(batch, trainer.policies[0]).final
+    collector.score(final, latents, trainer.pool, batch.indices)
     students, teachers = seen
     assert students.dtype == teachers.dtype == torch.float32
-    assert students.shape == teachers.shape == (16, 1, 8, 8)
+    assert students.shape == (16, 1, 8, 8)
+    assert teachers.shape == (4, 1, 8, 8)  # each encoded once for its group
     assert all(side.min() >= 0 and side.max() <= 1 for side in seen)
     # the same latents are the same image on both paths
-    latents = trainer.targets.targets(trainer.pool, batch.indices, trainer.device).repeat_interleave(4, 0)
-    rewards, _ = trainer.score(dataclasses.replace(trajectory, final=latents), targets, batch.condition)
-    torch.testing.assert_close(rewards, torch.ones(16))
+    scores = collector.score(latents.repeat_interleave(4, 0), latents, trainer.pool, batch.indices)
+    torch.testing.assert_close(scores["feature"], torch.ones(16, dtype=torch.float64))
 
 
 def test_8_inner_epochs_are_read(start):
@@ -199,7 +194,7 @@ def test_11_the_teacher_draws_each_condition_once_however_long_the_training(star
 
 def test_peers_divergence_is_scaled_by_the_variance_of_the_transition():
     """flow_grpo divides by 2 q^2, the diffusion, instead of the variance q^2 |D| of the step."""
-    denoiser = load_denoiser(TEACHER_DIR)
+    denoiser = load_pipeline(TEACHER_DIR).denoiser
     policy = flow_sde_policy([1.0, 0.7, 0.4, 0.0], noise_level=0.7)
     labels = {"class_labels": torch.tensor([2, 5])}
     noise = torch.randn(4, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,16 @@ def test_samples_show_each_pixel_as_a_block_of_its_exact_colour(tmp_path, channe
     assert picture.shape[1] > 4 * 72
 
 
+def test_large_samples_are_reduced_and_keep_their_colours(tmp_path):
+    rows = {"student": torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 3, 1024, 512)}
+    write_samples(tmp_path / "samples.png", rows, ["0", "1", "2", "3"])
+    picture = pixels(tmp_path / "samples.png")
+    assert 256 < picture.shape[0] < 400
+    assert 4 * 128 < picture.shape[1] < 1000
+    for level in (0, 85, 170):
+        assert (abs(picture - level) <= 1).all(-1).sum() > 256 * 128 * 0.9
+
+
 def test_samples_beyond_the_range_are_clamped(tmp_path):
     write_samples(tmp_path / "a.png", {"student": torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1)}, ["dark", "bright"])
     write_samples(tmp_path / "b.png", {"student": torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)}, ["dark", "bright"])

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from engine.conditions import ConditionPool
-from engine.models.loading import load_denoiser
+from engine.models.loading import fingerprint
+from engine.models.pipelines import load_pipeline
+from engine.sources import Classes
 from engine.teacher_cache import TeacherCache
 
 CPU = torch.device("cpu")
@@ -19,12 +21,12 @@ STEPS = 6
 
 @pytest.fixture
 def teacher(tiny_teacher):
-    return load_denoiser(tiny_teacher)
+    return load_pipeline(tiny_teacher).denoiser
 
 
 @pytest.fixture
 def pool(teacher):
-    return ConditionPool("train", 0, 12, teacher.classes, teacher.latent_shape)
+    return ConditionPool("train", 0, 12, Classes(teacher.classes), teacher.latent_shape)
 
 
 @pytest.fixture
@@ -32,7 +34,10 @@ def cache(tmp_path, teacher):
     """`cache(...)`: a new object on the same folder."""
 
     def make(denoiser=teacher, *, steps=STEPS, guidance=1.0, batch_size=None) -> TeacherCache:
-        return TeacherCache(tmp_path / "cache", denoiser, steps=steps, guidance=guidance, batch_size=batch_size)
+        weights = fingerprint(denoiser)
+        return TeacherCache(
+            tmp_path / "cache", denoiser, weights, steps=steps, guidance=guidance, batch_size=batch_size
+        )
 
     return make
 
@@ -119,7 +124,7 @@ def test_other_noise_is_another_question(cache, pool, change):
 def test_the_same_noise_with_another_class_is_another_question(cache, pool):
     before = draw(cache(), pool, 11)  # class 1 of 10
     other = cache()
-    after = draw(other, dataclasses.replace(pool, classes=7), 11)  # class 4 of 7, from the same noise
+    after = draw(other, dataclasses.replace(pool, source=Classes(7)), 11)  # class 4 of 7, from the same noise
     assert other.passes == STEPS
     assert not torch.equal(before, after)
 
@@ -197,7 +202,7 @@ def test_a_run_costs_its_teacher_one_drawing_of_each_condition(tmp_path, tiny_co
         tmp_path / "run", f"teacher.guidance={guidance}", "rollout.pool=9", "rollout.conditions=4", "iterations=4"
     )
     summary = engine.distill(config).metrics
-    pool = ConditionPool("train", config.seed, 9, 10, (1, 8, 8))
+    pool = ConditionPool("train", config.seed, 9, Classes(10), (1, 8, 8))
     drawn = {int(index) for iteration in range(4) for index in pool.draw(4, iteration=iteration)}
     assert len(drawn) == 9
     assert summary["passes"]["teacher"] == len(drawn) * STEPS * guidance

@@ -1,9 +1,9 @@
 """The trainer: that it learns, and that each part of an iteration does what the algorithm says.
 
-Accumulation, gradient norms and ZeRO stages: test_zero.py. Several ranks: test_ranks.py.
+Rollouts and their rewards: test_collector.py. The averaged student: test_averaging.py. Accumulation, gradient norms and
+ZeRO stages: test_zero.py. Several ranks: test_ranks.py.
 """
 
-import copy
 import json
 import math
 from collections import Counter
@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import engine
 from engine import zero
 from engine.errors import EngineError
-from engine.rl.rollout import coefficients, predict_step
 from engine.trainer import Trainer
 
 DESIGNED_KEYS = {
@@ -50,9 +49,12 @@ LEARNING = (
 )
 
 
-def brightness(images, targets, condition):
-    score = images.flatten(1).mean(1)
-    return score, {"brightness": score}
+def brightness(images, targets, asked):
+    return images.flatten(1).mean(1)
+
+
+def darkness(images, targets, asked):
+    return -images.flatten(1).mean(1)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -76,15 +78,13 @@ def learned(trainer: Trainer) -> float:
 
 @pytest.mark.parametrize(("kind", "least"), [("grpo", 0.25), ("ppo", 0.1)])
 def test_a_trivial_reward_is_learned_within_ten_iterations(start, kind, least):
-    trainer = start(*LEARNING, f"objective.kind={kind}")
-    trainer.reward = brightness
+    trainer = start(*LEARNING, f"objective.kind={kind}", reward=brightness)
     # brightness is in [0, 1] and begins at 0.55; seen over seeds: grpo 0.31 to 0.35, ppo 0.15 to 0.20
     assert learned(trainer) > least
 
 
 def test_shuffled_advantages_teach_nothing(start):
-    trainer = start(*LEARNING)
-    trainer.reward = brightness
+    trainer = start(*LEARNING, reward=brightness)
     assigned = trainer.advantages
 
     def shuffled(rewards, batch):
@@ -97,27 +97,20 @@ def test_shuffled_advantages_teach_nothing(start):
 
 
 def test_a_reward_of_opposite_sign_is_learned_in_the_opposite_direction(start):
-    trainer = start(*LEARNING)
-
-    def darkness(images, targets, condition):
-        score = -images.flatten(1).mean(1)
-        return score, {"darkness": score}
-
-    trainer.reward = darkness
-    assert learned(trainer) > 0.25
+    assert learned(start(*LEARNING, reward=darkness)) > 0.25
 
 
 def test_ppo_compares_a_sample_with_what_its_condition_was_rewarded_before(start):
     trainer = start("objective.kind=ppo", "advantage.scale=none", "rollout.pool=4", "rollout.conditions=4")
-    first = trainer.draw_conditions()
+    first = trainer.collector.draw_conditions(0)
     trainer.advantages(first.indices.repeat_interleave(4).float(), first)
     trainer.iteration = 1
-    batch = trainer.draw_conditions()
+    batch = trainer.collector.draw_conditions(1)
     assert batch.indices.tolist() != first.indices.tolist()  # the same conditions in another order
     again = batch.indices.repeat_interleave(4).float()
     assert trainer.advantages(again, batch).abs().max() < 1e-6
     trainer.iteration = 2
-    batch = trainer.draw_conditions()
+    batch = trainer.collector.draw_conditions(2)
     better = batch.indices.repeat_interleave(4).float() + 1  # by as much for every sample: nothing to GRPO
     weight = 0.9 * 4 + 4  # of the two earlier visits, next to the three other samples of this one
     expected = torch.full((16,), 1 - 3 / (weight + 3))
@@ -126,47 +119,14 @@ def test_ppo_compares_a_sample_with_what_its_condition_was_rewarded_before(start
 
 def test_grpo_compares_a_sample_with_its_group_alone(start):
     trainer = start("objective.kind=grpo", "advantage.scale=none")
-    batch = trainer.draw_conditions()
+    batch = trainer.collector.draw_conditions(0)
     rewards = torch.arange(16.0)
     for _ in range(2):
         advantage = trainer.advantages(rewards, batch)
         assert advantage.tolist() == [-1.5, -0.5, 0.5, 1.5] * 4
 
 
-# rollouts
-
-
-@pytest.mark.parametrize("pairing", ["noise", "prompt"])
-def test_pairing_decides_whether_a_group_starts_from_the_noise_of_the_teacher(start, pairing):
-    trainer = start(f"rollout.pairing={pairing}")
-    batch = trainer.draw_conditions()
-    trajectory = trainer.roll_out(batch, trainer.policies[0])
-    initial = trajectory.latents[trajectory.step == 0].view(4, 4, -1)  # conditions x samples of a group
-    teachers = trainer.pool.initial_noise(batch.indices).view(4, 1, -1)
-    if pairing == "noise":
-        assert torch.equal(initial, teachers.expand_as(initial))
-    else:
-        rows = torch.cat([initial.flatten(0, 1), teachers.flatten(0, 1)])
-        assert len(rows.unique(dim=0)) == 4 * 4 + 4
-
-
-def test_noise_differs_between_samples_steps_and_iterations(start):
-    trainer = start()
-    policy, rows = trainer.policies[0], []
-    for iteration in range(2):
-        trainer.iteration = iteration
-        batch = trainer.draw_conditions()
-        drawn = trainer.roll_out(batch, policy)
-        labels = batch.condition["class_labels"].repeat_interleave(4)[drawn.sample]
-        with torch.no_grad():
-            pred, _ = predict_step(trainer.student, policy, drawn.latents, drawn.step, {"class_labels": labels}, 1.0)
-        a, b, std = (value.view(-1, 1, 1, 1) for value in coefficients(policy, drawn.step))
-        rows.append(((drawn.next_latents - a * drawn.latents - b * pred) / std).flatten(1))
-    noise = torch.cat(rows)
-    assert len(noise) == 2 * 2 * 16
-    assert 0.9 < noise.std() < 1.1
-    # 64 numbers a row: between independent rows the correlation is 1/8 or so, between the same noise it is 1
-    assert (torch.corrcoef(noise) - torch.eye(len(noise))).abs().max() < 0.8
+# windows and minibatches
 
 
 def test_window_moves_over_the_stochastic_steps_and_starts_again(start):
@@ -174,27 +134,22 @@ def test_window_moves_over_the_stochastic_steps_and_starts_again(start):
         "student.steps=5", "policy.window=2", "rollout.group_size=4", "train.updates=1", "train.ratio_tolerance=1e-3"
     )
     scored = []
-    roll_out = trainer.roll_out
+    roll_out = trainer.collector.roll_out
 
     def watched(batch, policy):
         trajectory = roll_out(batch, policy)
         scored.append(sorted(set(trajectory.step.tolist())))
         return trajectory
 
-    trainer.roll_out = watched
+    trainer.collector.roll_out = watched
     for _ in range(4):
         trainer.train_iteration()
     assert scored == [[0, 1], [1, 2], [2, 3], [0, 1]]  # the fifth step, to the image itself, is deterministic
 
 
-# minibatches
-
-
 def pairs_of(trainer: Trainer, *, iteration: int = 0, epoch: int = 0) -> list[torch.Tensor]:
     trainer.iteration = iteration
-    batch = trainer.draw_conditions()
-    trajectory = trainer.roll_out(batch, trainer.policies[0])
-    return list(trainer.minibatches(batch, trajectory, epoch))
+    return list(trainer.minibatches(trainer.collector.collect(iteration, trainer.policies[0]), epoch))
 
 
 def test_every_pair_is_in_one_minibatch_of_an_inner_epoch_and_every_group_in_all_of_them(start):
@@ -225,26 +180,7 @@ def test_steps_of_a_sample_are_mixed_over_minibatches(start):
         assert set((minibatch // 32).tolist()) == {0, 1}
 
 
-# averaging and learning rates
-
-
-def test_the_averaged_student_follows_its_formula(start):
-    trainer = start("ema.decay=0.7")
-    expected = {name: value.double() for name, value in weights(trainer).items()}
-    for _ in range(3):
-        trainer.train_iteration()
-        expected = {name: 0.7 * expected[name] + 0.3 * value.double() for name, value in weights(trainer).items()}
-    averaged = dict(trainer.averaged.network.named_parameters())
-    for name, value in expected.items():
-        torch.testing.assert_close(averaged[name].double(), value, rtol=0, atol=1e-6)
-    assert distance(averaged, weights(trainer)) > 1e-3
-
-
-def test_the_student_itself_is_evaluated_without_averaging(start):
-    trainer = start("ema.decay=0")
-    trainer.train_iteration()
-    averaged, trained = dict(trainer.averaged.network.named_parameters()), weights(trainer)
-    assert all(torch.equal(averaged[name], trained[name]) for name in trained)
+# learning rates
 
 
 @pytest.mark.parametrize(
@@ -286,8 +222,7 @@ def test_the_best_student_is_kept_not_the_last(tiny_config, tmp_path, monkeypatc
     rewards, averaged = iter([0.1, 0.9, 0.5]), {}
 
     def evaluated(trainer):
-        network = trainer.averaged.network
-        averaged[trainer.iteration] = {name: value.clone() for name, value in network.state_dict().items()}
+        averaged[trainer.iteration] = {name: value.clone() for name, value in trainer.averaged.values.items()}
         return {"reward/held_out_eta0": next(rewards)}
 
     monkeypatch.setattr(Trainer, "evaluate_held_out", evaluated)
@@ -295,6 +230,7 @@ def test_the_best_student_is_kept_not_the_last(tiny_config, tmp_path, monkeypatc
     result = engine.distill(tiny_config(folder, "iterations=3", "evaluation.every=1"))
     assert result.metrics["best"] == {"iteration": 2, "reward": 0.9}
     kept = load_file(folder / "checkpoints/best/student/unet/diffusion_pytorch_model.safetensors")
+    assert sorted(kept) == sorted(averaged[2])
     assert all(torch.equal(kept[name], value) for name, value in averaged[2].items())
     last = load_file(folder / "student/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(last[name], value) for name, value in averaged[3].items())
@@ -312,14 +248,19 @@ def test_best_is_judged_on_held_out_conditions_at_eta_0_with_a_seed_of_their_own
 
 
 def test_a_reward_of_nan_stops_the_run_before_anything_is_updated(start):
+    def broken(images, targets, asked):
+        return brightness(images, targets, asked).index_fill(0, torch.tensor([3]), math.nan)
+
+    trainer = start(reward=broken)
+    before = weights(trainer)
+    with pytest.raises(EngineError, match="iteration 1: .* broken is not finite for 1 of 16 .*; nothing was updated"):
+        trainer.train_iteration()
+    assert distance(weights(trainer), before) == 0
+
+
+def test_a_loss_of_nan_stops_the_run_before_anything_is_updated(start):
     trainer = start()
-
-    def broken(images, targets, condition):
-        score = images.flatten(1).mean(1)
-        score[3] = math.nan
-        return score, {"broken": score}
-
-    trainer.reward = broken
+    trainer.advantages = lambda rewards, batch: torch.full_like(rewards, math.nan)
     before = weights(trainer)
     with pytest.raises(EngineError, match="iteration 1: the loss is nan; nothing was updated with it"):
         trainer.train_iteration()
@@ -354,8 +295,7 @@ def test_the_ratio_is_checked_in_every_iteration(start):
 def test_the_divergence_keeps_the_student_nearer_its_start(start):
     drift, divergence, before = {}, {}, None
     for coefficient in (1e-9, 0.1):
-        trainer = start(*LEARNING, f"objective.kl_coef={coefficient}", "optimizer.lr=1e-3")
-        trainer.reward = brightness
+        trainer = start(*LEARNING, f"objective.kl_coef={coefficient}", "optimizer.lr=1e-3", reward=brightness)
         before = before or weights(trainer)
         for _ in range(10):
             row = trainer.train_iteration()
@@ -383,7 +323,7 @@ def test_passes_are_the_rows_that_went_through_the_networks(start, guidance, per
     rows, backward = Counter(), Counter()
     trainer.engine.module.register_forward_hook(lambda m, i, o: rows.update(student=len(o.sample)))
     trainer.engine.module.conv_out.register_full_backward_hook(lambda m, i, o: backward.update(student=len(o[0])))
-    trainer.targets.teacher.network.register_forward_hook(lambda m, i, o: rows.update(teacher=len(o.sample)))
+    trainer.collector.targets.teacher.network.register_forward_hook(lambda m, i, o: rows.update(teacher=len(o.sample)))
     for iteration in range(2):
         row = trainer.train_iteration()
         assert row["passes/student_forward"] == rows["student"]
@@ -397,7 +337,7 @@ def test_passes_are_the_rows_that_went_through_the_networks(start, guidance, per
 
 def test_passes_of_a_teacher_whose_images_are_all_cached_are_0_and_still_reported(start):
     first, second = start(), start()
-    second.targets = first.targets
+    second.collector.targets = first.collector.targets
     assert first.train_iteration()["passes/teacher"] > 0
     assert second.train_iteration()["passes/teacher"] == 0
 
@@ -413,18 +353,18 @@ def test_rows_hold_the_keys_of_the_design_and_nothing_that_json_cannot_carry(sta
 
 
 def test_reward_metrics_are_those_of_the_rewards(start):
-    trainer = start("rollout.group_size=2")
-    values = torch.arange(8, dtype=torch.float32) ** 2
-    trainer.reward = lambda images, targets, condition: (values, {"square": values})
-    row = trainer.train_iteration()
+    def square(images, targets, asked):
+        return torch.arange(8, dtype=torch.float32) ** 2
+
+    row = start("rollout.group_size=2", reward=square).train_iteration()
     assert row["reward/mean"] == row["reward/square"] == 17.5
-    assert row["reward/std"] == pytest.approx(math.sqrt(sum((i * i - 17.5) ** 2 for i in range(8)) / 8))
+    spread = math.sqrt(sum((i * i - 17.5) ** 2 for i in range(8)) / 8)
+    assert row["reward/std"] == row["reward/square_std"] == pytest.approx(spread)
     assert row["reward/within_group_std"] == (0.5 + 2.5 + 4.5 + 6.5) / 4  # half the difference of each pair
 
 
 def test_equal_rewards_leave_the_student_as_it_was(start):
-    trainer = start("objective.kl_coef=0")
-    trainer.reward = lambda images, targets, condition: (torch.full((16,), 0.1), {})
+    trainer = start("objective.kl_coef=0", reward=lambda images, targets, asked: torch.full((16,), 0.1))
     before = weights(trainer)
     row = trainer.train_iteration()
     assert row["advantage/std"] == row["loss/loss"] == row["grad_norm"] == 0
@@ -437,9 +377,9 @@ def test_an_iteration_is_the_same_again_whatever_ran_before_it(start):
     for number in range(2):
         torch.manual_seed(number)
         trainer = start("ema.decay=0.5")
+        if number:
+            trainer.evaluate_held_out()
         rows.append([trainer.train_iteration() for _ in range(2)])
-        if number == 0:
-            copy.deepcopy(trainer.averaged.network)
     for first, second in zip(*rows, strict=True):
         same = {name for name in first if not name.startswith(("time/", "passes/teacher"))}
         assert {name: first[name] for name in same} == {name: second[name] for name in same}

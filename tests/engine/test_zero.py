@@ -1,6 +1,5 @@
 """DeepSpeed: its configuration, exact accumulation, and the same numbers from every ZeRO stage."""
 
-import copy
 import math
 
 import pytest
@@ -9,6 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from engine import load_config, zero
 from engine.errors import EngineError
+from engine.models.pipelines import load_pipeline
 from engine.rl.losses import pair_loss
 from engine.trainer import Trainer
 
@@ -23,6 +23,11 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum((first[name].double() - second[name].double()).square().sum().item() for name in first))
+
+
+def initial_network(trainer: Trainer) -> torch.nn.Module:
+    """The student before the first update, without DeepSpeed: the teacher's weights."""
+    return load_pipeline(trainer.config.teacher.path).denoiser.network.requires_grad_(True)
 
 
 def numbers(row: dict[str, float]) -> dict[str, float]:
@@ -151,19 +156,16 @@ def test_accumulated_gradients_are_those_of_one_batch_also_with_a_smaller_last_m
 
 def norm_by_autograd(trainer: Trainer) -> float:
     """Norm of the gradient of the mean loss over all pairs, without DeepSpeed."""
-    batch = trainer.draw_conditions()
-    policy, targets = trainer.policies[0], trainer.teacher_images(trainer.pool, batch.indices)
-    trajectory = trainer.roll_out(batch, policy)
-    condition = {name: value.repeat_interleave(8, 0) for name, value in batch.condition.items()}
-    rewards, _ = trainer.score(trajectory, targets, condition)
-    network = copy.deepcopy(trainer.averaged.network).requires_grad_(True)  # before the first update: the same weights
+    samples = trainer.collector.collect(0, trainer.policies[0])
+    rewards, _ = trainer.rewards(samples)
+    network = initial_network(trainer)
     loss = pair_loss(
         trainer.student.with_network(network),
-        policy,
-        trajectory,
+        samples.policy,
+        samples.trajectory,
         torch.arange(32),
-        condition,
-        trainer.advantages(rewards, batch),
+        samples.batch.condition,
+        trainer.advantages(rewards, samples.batch),
         guidance=1.0,
         clip_range=trainer.config.objective.clip_range,
     ).loss
@@ -218,13 +220,14 @@ def test_every_stage_gives_the_same_metrics_in_fp32(start):
 def test_full_parameters_are_the_weights_of_the_module(start, stage):
     trainer = start(f"zero.stage={stage}")
     initial = weights(trainer)
-    for name, parameter in trainer.averaged.network.named_parameters():
-        assert torch.equal(initial[name], parameter)
+    network = initial_network(trainer)
+    expected = dict(network.named_parameters())
+    assert sorted(initial) == sorted(expected)
+    assert all(torch.equal(initial[name], value) for name, value in expected.items())
     trainer.train_iteration()
     trained = weights(trainer)
     assert distance(trained, initial) > 0
     # what the network computes with the weights that we read is what the engine computes
-    network = copy.deepcopy(trainer.averaged.network)
     network.load_state_dict(trained)
     x, t, c = torch.randn(3, 1, 8, 8), torch.tensor([900, 500, 20]), torch.tensor([0, 4, 9])
     with torch.no_grad():
@@ -285,7 +288,7 @@ def test_bf16_keeps_fp32_weights_so_that_small_steps_are_not_lost(start, stage):
     moved = sum(int((after[name] != before[name]).sum()) for name in after)
     total = sum(value.numel() for value in after.values())
     assert moved > 0.9 * total  # bf16 weights would keep the tenth that is near 0
-    averaged = dict(trainer.averaged.network.named_parameters())
+    averaged = trainer.averaged.values
     assert all(torch.equal(averaged[name], after[name]) for name in after)  # and the averaged student gets them
 
 

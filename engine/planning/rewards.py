@@ -1,0 +1,95 @@
+"""What the reward keeps and allocates on the GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import EngineError
+from engine.models.digits import load_reward_encoder
+from engine.planning.networks import FAKE, locate, materialize, transformers_model
+from engine.planning.tracing import trace
+from engine.precision import DTYPES
+from engine.rl.rewards import RewardError
+from engine.rl.rewards.composite import GIVEN_ENCODER
+from engine.rl.rewards.preprocessing import Preprocessing
+from engine.rl.rewards.settings import ModelSettings, read_terms
+
+NOT_PLANNED = "{name}: what a reward of the user's own takes on the GPU is not planned"
+
+
+@dataclass(frozen=True)
+class RewardMemory:
+    """Bytes of a reward.
+
+    Attributes:
+        weights: of its models.
+        activations: of the largest of them on a batch of its own.
+        differences: copies of all images that a term makes at once.
+        notes: on terms that are not planned.
+    """
+
+    weights: int
+    activations: int
+    differences: int
+    notes: tuple[str, ...]
+
+
+def reward_memory(terms: Mapping[str, Any], image: tuple[int, int, int]) -> RewardMemory:
+    """What the terms of a reward take on images (C, H, W).
+
+    Raises:
+        EngineError: names the term.
+    """
+    try:
+        read = read_terms(terms)
+    except RewardError as error:
+        raise EngineError(str(error)) from None
+    weights = activations = differences = 0
+    models: dict[tuple[Path, str], list[ModelSettings]] = {}
+    notes = []
+    for name, (kind, settings) in read.items():
+        if isinstance(settings, ModelSettings):
+            try:
+                models.setdefault((locate(settings.path), settings.precision), []).append(settings)
+            except EngineError as error:
+                raise EngineError(f"reward.terms.{name}.path: {error}") from None
+        elif kind == "pixel":
+            differences = 2
+        elif ":" in kind:
+            notes.append(NOT_PLANNED.format(name=f"reward.terms.{name}"))
+    if any(kind in GIVEN_ENCODER for kind, _ in read.values()):
+        encoder = load_reward_encoder()
+        weights += sum(value.numel() * value.element_size() for value in encoder.parameters())
+    for (directory, precision), sharing in models.items():
+        batch = min(settings.batch_size for settings in sharing)
+        reads = frozenset().union(*(settings.reads for settings in sharing))
+        size, peak = _model(directory, DTYPES[precision], batch, "prompts" in reads, image)
+        weights, activations = weights + size, max(activations, peak)
+    return RewardMemory(weights, activations, differences, tuple(notes))
+
+
+@functools.lru_cache(maxsize=32)
+def _model(
+    directory: Path, dtype: torch.dtype, batch: int, prompts: bool, image: tuple[int, int, int]
+) -> tuple[int, int]:
+    """(weights, activations) bytes of a vision model on a batch of images."""
+    try:
+        network = transformers_model(directory, "AutoModel")
+        prepare = Preprocessing.of(directory)
+    except (RewardError, OSError, ValueError, KeyError) as error:
+        raise EngineError(f"{directory} cannot be planned: {error}") from None
+    if not prompts and hasattr(network, "text_model"):
+        del network.text_model, network.text_projection
+    materialize(network, dtype)
+    tower = getattr(network, "vision_model", network)
+    with FAKE:
+        images = torch.empty(batch, *image)
+        encode = torch.no_grad()(lambda: tower(pixel_values=prepare(images).to(dtype)))
+        found = trace(encode, given=[images], network=network)
+    return sum(value.numel() * value.element_size() for value in network.parameters()), found.peak

@@ -1,0 +1,143 @@
+"""Keys that exclude each other: each pair is refused, its neighbours are not, and the reason given is true."""
+
+import pytest
+import torch
+
+from engine import load_config, ranks, zero
+from engine.conflicts import conflicts
+from engine.models.lora import add_lora
+from engine.models.memory import prepare_network
+from engine.models.quantization import quantize
+
+LORA = "lora.rank=4"
+
+
+def found(*overrides: str, device: str = "cuda") -> list[str]:
+    return conflicts(load_config({}, overrides), device)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("student.init=runs/a", "student.architecture={layers_per_block: 1}"),
+            "student.architecture with student.init",
+        ),
+        ((LORA, "student.init=runs/a"), "lora.rank=4 with student.init=runs/a"),
+        ((LORA, "student.architecture={layers_per_block: 1}"), "lora.rank=4 with student.architecture"),
+        ((LORA, "student.trainable=attn"), "lora.rank=4 with student.trainable='attn'"),
+        ((LORA, "precision=bf16"), "teacher.precision=fp32 and precision=bf16"),
+        ((LORA, "teacher.precision=bf16"), "teacher.precision=bf16 and precision=fp32"),
+        ((LORA, "teacher.precision=int8", "zero.stage=3"), "teacher.precision=int8 and zero.stage=3"),
+        (("optimizer.kind=paged_adamw8bit", "zero.stage=1", "zero.offload=optimizer"), "in CPU memory already"),
+        (("optimizer.kind=paged_lion8bit", "precision=bf16"), "allocates the states twice"),
+        (("zero.master_weights=bf16", "zero.stage=1"), "precision=fp32: DeepSpeed has them for precision=bf16 only"),
+        (("zero.master_weights=bf16", "precision=bf16"), "zero.master_weights=bf16 with zero.stage=0"),
+        (
+            ("zero.master_weights=bf16", "precision=bf16", "zero.stage=2", "zero.offload=optimizer"),
+            "with zero.offload=optimizer: DeepSpeed takes no optimizer but its own CPU Adam",
+        ),
+        (("model.compile=true", "zero.stage=3"), "model.compile=true with zero.stage=3"),
+        (("model.compile=true", "model.attention=xformers"), "cannot be traced"),
+        (("model.channels_last=true", "zero.stage=1"), "use zero.stage=0, or LoRA"),
+        (("model.channels_last=true", LORA, "zero.stage=3"), "use zero.stage=0 to 2"),
+    ],
+)
+def test_what_cannot_work_together_is_one_sentence_with_keys_values_and_a_way_out(overrides, message):
+    [sentence] = found(*overrides)
+    assert message in sentence
+    for override in overrides:  # every key that was given is named
+        assert override.partition("=")[0] in sentence
+    assert any(word in sentence for word in ("use ", "set ", "leave ", "only"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (LORA,),
+        (LORA, "teacher.precision=bf16", "precision=bf16"),
+        (LORA, "teacher.precision=nf4", "precision=bf16", "zero.stage=3"),
+        (LORA, "teacher.precision=int8", "zero.stage=2"),
+        (LORA, "model.channels_last=true", "zero.stage=2"),
+        ("teacher.precision=nf4", "precision=bf16"),  # a frozen teacher beside a student of its own
+        ("student.architecture={layers_per_block: 1}", "student.trainable=conv"),
+        ("optimizer.kind=paged_adamw8bit", "zero.stage=1", "precision=bf16"),
+        ("zero.master_weights=bf16", "precision=bf16", "zero.stage=1", "optimizer.kind=adamw8bit"),
+        ("model.compile=true", "zero.stage=2", "model.gradient_checkpointing=true", LORA),
+        ("model.channels_last=true",),
+    ],
+)
+def test_what_works_together_is_not_refused(overrides):
+    assert found(*overrides) == []
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw8bit", "paged_lion8bit"])
+def test_paged_optimizers_need_a_gpu_and_fp16_does(kind):
+    assert found(f"optimizer.kind={kind}") == []
+    [sentence] = found(f"optimizer.kind={kind}", device="cpu")
+    assert sentence.endswith(f"use {kind.removeprefix('paged_')}")
+    for key in ("precision", "teacher.precision", "vae.precision"):
+        assert found(f"{key}=fp16") == []
+        assert found(f"{key}=fp16", device="cpu") == [f"{key}=fp16 needs a GPU; on a CPU use fp32 or bf16"]
+
+
+def test_all_conflicts_are_found_at_once():
+    assert len(found(LORA, "student.init=runs/a", "student.trainable=attn", "model.compile=true", "zero.stage=3")) == 3
+
+
+# the reasons, where a CPU can show them
+
+
+def start(network: torch.nn.Module, *overrides: str):
+    ranks.start(1)
+    partition_all = "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    config = load_config({}, [*overrides, *([partition_all] if "zero.stage=3" in overrides else [])])
+    return zero.initialize(config, network, micro_batch=2, accumulation=1, world_size=1)
+
+
+@pytest.mark.parametrize(
+    "overrides", [("zero.stage=0",), ("zero.stage=1", "zero.offload=optimizer")], ids=["stage 0", "offload"]
+)
+def test_deepspeed_refuses_bf16_master_weights_there(overrides):
+    with pytest.raises(AssertionError, match="(?i)master.weights"):
+        start(torch.nn.Linear(4, 4), "precision=bf16", "zero.master_weights=bf16", *overrides)
+
+
+def test_deepspeed_casts_the_frozen_part_of_a_network_too():
+    network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    add_lora(network, rank=2)
+    start(network, "precision=bf16")
+    assert network.to_q.base_layer.weight.dtype == torch.bfloat16
+
+
+def test_an_8_bit_weight_stays_whole_under_zero_3_and_a_4_bit_weight_does_not():
+    whole = {}
+    for kind in ("int8", "nf4"):
+        network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(64, 64)})
+        quantize(network, kind, torch.float32)
+        add_lora(network, rank=2)
+        start(network, "zero.stage=3")
+        with torch.no_grad():
+            network.to_q(torch.randn(2, 64))
+        layer = network.to_q.base_layer
+        kept = layer.state.CB if kind == "int8" else layer.weight
+        whole[kind] = kept is not None and kept.numel() > 0
+    assert whole == {"int8": True, "nf4": False}
+
+
+@pytest.mark.parametrize(("overrides", "kept"), [(("zero.stage=0",), True), (("zero.stage=1",), False)])
+def test_deepspeed_keeps_the_order_of_trained_weights_without_zero_only(overrides, kept):
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    prepare_network(network, channels_last=True)
+    start(network, "precision=bf16", *overrides)
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last) == kept
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeed_keeps_the_order_of_frozen_weights(stage):
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(4, 4))
+    add_lora(network, rank=2, target="2")
+    prepare_network(network, channels_last=True)
+    start(network, "precision=bf16", f"zero.stage={stage}")
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
