@@ -2,9 +2,9 @@
 
     python -m bench.plan_states [--ranks N] [--json FILE] [--case "key=value key=value" ...]
 
-A small network is trained for two optimizer steps on CPU tensors. Bytes of parameters and optimizer states are those that
-stand after the first step, bytes of gradients the most that stand behind a backward pass of the second. With several
-ranks each figure is the largest of a rank's.
+A small network is trained for two optimizer steps on CPU tensors. Bytes of parameters and optimizer states are those
+that stand after the first step, bytes of gradients the most that stand behind a backward pass of the second. With
+several ranks each figure is the largest of a rank's.
 """
 
 from __future__ import annotations
@@ -183,7 +183,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = table(cases, options.ranks)
     for row in rows:
         for kind, size in row["measured"].items():
-            print(f"{row['case']:70}{kind:12}{size:12}{row['planned'][kind]:12}", "" if size == row["planned"][kind] else "!")
+            print(
+                f"{row['case']:70}{kind:12}{size:12}{row['planned'][kind]:12}",
+                "" if size == row["planned"][kind] else "!",
+            )
     if options.json:
         from bench.record import machine, write_json
 

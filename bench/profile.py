@@ -34,7 +34,8 @@ from bench.record import machine, write_json
 from bench.watch import Clock, Phases, Watch
 from engine import Config, load_config, preflight, ranks
 from engine.chatter import silence
-from engine.distillation import load, teacher_directory
+from engine.roles import fit, load_roles
+from engine.sources import encode_prompts, load_sources
 from engine.trainer import Trainer
 
 PHASES = (
@@ -44,24 +45,24 @@ PHASES = (
 
 
 def make_trainer(config: Config, cache: Path) -> Trainer:
-    """The trainer that `engine.distill` makes, in a process group of one."""
+    """The trainer that `engine.distill` makes, in a process group of one.
+
+    Args:
+        cache: folder of the teacher's targets and of encoded prompts.
+    """
     ranks.start(config.train.threads)
-    directory = teacher_directory(config)
-    teacher = load(directory, "teacher.path")
-    initial = directory if config.student.init == "teacher" else Path(config.student.init)
-    student = load(initial, "student.init")
-    reward = preflight.check(config, teacher, student, ranks.world_size())
-    for network in (teacher.network, student.network):
-        network.to(ranks.device())
-    return Trainer(config, teacher, student, reward, cache)
+    roles = load_roles(config)
+    sources = load_sources(config, roles.pipeline, cache)
+    reward = preflight.check(config, roles, ranks.world_size())
+    encode_prompts(config, sources, roles.pipeline)
+    fit(roles, config)
+    return Trainer(config, roles, sources, reward, cache)
 
 
 def resident(trainer: Trainer) -> list[torch.Tensor]:
     """The tensors that stay on the device between iterations."""
-    denoisers = [trainer.targets.teacher, trainer.student, trainer.averaged, trainer.reference]
-    modules = [denoiser.network for denoiser in denoisers if denoiser is not None]
-    if isinstance(trainer.reward.encoder, torch.nn.Module):
-        modules.append(trainer.reward.encoder)
+    denoisers = [trainer.collector.targets.teacher, trainer.student, trainer.reference]
+    modules = [denoiser.network for denoiser in denoisers if denoiser is not None] + trainer.reward.networks
     return [tensor for module in modules for tensor in itertools.chain(module.parameters(), module.buffers())]
 
 
@@ -93,11 +94,12 @@ def phased(trainer: Trainer, phases: Phases, passes: Tally[str]) -> Iterator[Non
         return call
 
     replaced = [
-        (trainer, "teacher_images", "teacher"),
-        (trainer, "roll_out", "rollout"),
-        (trainer, "score", "reward"),
+        (trainer.collector, "teacher_latents", "teacher"),
+        (trainer.collector, "roll_out", "rollout"),
+        (trainer.collector, "score", "reward"),
+        (trainer, "rewards", "reward"),
         (trainer, "update", "update"),
-        (trainer, "average_student", "average"),
+        (trainer.averaged, "follow", "average"),
         (trainer.engine, "backward", "loss"),
     ]
     with ExitStack() as stack:
@@ -250,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     silence()
     config = load_config(None, options.overrides)
+    if config.rollout.chunks > 1:
+        parser.error(f"rollout.chunks={config.rollout.chunks}: parts overlap, so no time is one phase's; leave it at 1")
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, Path(folder))
         result = measure(trainer)

@@ -35,7 +35,7 @@ from bench.watch import Clock, Phases
 from engine import Config, load_config
 from engine.chatter import silence
 from engine.models.digits import TEACHER_DIR
-from engine.models.loading import load_denoiser, save_denoiser
+from engine.models.pipelines import load_pipeline
 from engine.trainer import Trainer
 
 BASE = ("rollout.conditions=16", "rollout.group_size=8", "student.steps=5", "teacher.steps=20", "train.threads=1")
@@ -68,9 +68,9 @@ def resized_teacher(folder: Path, side: int) -> Path:
     """The digits' UNet with random weights for latents of another size."""
     directory = folder / f"teacher{side}"
     if not directory.exists():
-        network = load_denoiser(TEACHER_DIR).network
-        settings = {**network.config, "sample_size": side}
-        save_denoiser(directory, type(network).from_config(settings), TEACHER_DIR)
+        pipeline = load_pipeline(TEACHER_DIR)
+        network = pipeline.denoiser.network
+        pipeline.save_student(directory, type(network).from_config({**network.config, "sample_size": side}))
     return directory
 
 

@@ -8,10 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cost_model import Job, rollout_calls, update_calls
+from engine import zero
 from engine.conditions import noise
 from engine.kernels import policy_sample
 from engine.rl.rollout import coefficients, predict_step
-from engine.sampling import to_images
 from engine.trainer import Trainer
 
 REPEATS = 4
@@ -63,8 +63,9 @@ class Parts:
             return call
 
         def reward(size: int) -> Callable[[], object]:
-            x, _, condition = conditions(size)
-            return torch.no_grad()(lambda: trainer.reward(to_images(x), to_images(x.clone()), condition))
+            groups = size // trainer.config.rollout.group_size
+            latents, targets, indices = torch.randn(size, *shape), torch.randn(groups, *shape), torch.arange(groups)
+            return lambda: trainer.collector.score(latents, targets, trainer.pool, indices)
 
         jobs = list(jobs)
         self.forward = self._by_size(draw, (size for job in jobs for size in [*rollout_calls(job), job.groups]))
@@ -108,7 +109,7 @@ class Parts:
 
 def _step(trainer: Trainer) -> Callable[[], object]:
     """AdamW with clipping, and the average, on copies of the weights."""
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in trainer.averaged.network.parameters()]
+    copies = [torch.nn.Parameter(p.detach().clone()) for _, p in zero.full_parameters(trainer.engine)]
     averaged = [p.detach().clone() for p in copies]
     for parameter in copies:
         parameter.grad = torch.ones_like(parameter)

@@ -112,7 +112,7 @@ def measure(stage: int, micro_batches: int, alone: Trainer, folder: Path) -> dic
     ranks.barrier()
     row["compute"] = sum(Parts(alone, [job], time.perf_counter).predict(job, 0).values())
     row["collectives"] = collectives(trainer)
-    row["parameters"] = sum(value.numel() for value in trainer.averaged.network.parameters())
+    row["parameters"] = sum(value.numel() for value in trainer.averaged.values.values())
     return row
 
 

@@ -46,9 +46,9 @@ def _one_network(config: Config) -> Iterator[str]:
         )
     if config.teacher.precision not in (*QUANTISED, config.precision):
         yield (
-            f"{given} with teacher.precision={config.teacher.precision} and precision={config.precision}: with LoRA one "
-            f"network is teacher and student, and DeepSpeed casts all of it; set teacher.precision={config.precision}, "
-            "int8 or nf4"
+            f"{given} with teacher.precision={config.teacher.precision} and precision={config.precision}: with LoRA "
+            "one network is teacher and student, and DeepSpeed casts all of it; set teacher.precision to "
+            f"{config.precision}, int8 or nf4"
         )
     if config.teacher.precision == "int8" and config.zero.stage == 3:
         yield (
@@ -79,7 +79,7 @@ def _states(config: Config, device: str) -> Iterator[str]:
         if config.precision != "bf16":
             yield f"{given} with precision={config.precision}: DeepSpeed has them for precision=bf16 only"
         if zero.stage == 0:
-            yield f"{given} with zero.stage=0: DeepSpeed has them from zero.stage=1 on, which does for one GPU, too"
+            yield f"{given} with zero.stage=0: DeepSpeed has them from stage 1 on; use zero.stage=1, on one GPU, too"
         if zero.offload != "none":
             yield (
                 f"{given} with zero.offload={zero.offload}: DeepSpeed takes no optimizer but its own CPU Adam there; "
@@ -104,6 +104,11 @@ def _layouts(config: Config) -> Iterator[str]:
         yield (
             f"model.channels_last=true with zero.stage={stage}: DeepSpeed lays the weights out in one flat buffer, in "
             "the default order; use zero.stage=0" + (" to 2" if config.lora.rank else ", or LoRA")
+        )
+    if model.channels_last and not config.lora.rank and config.optimizer.kind != "adamw":
+        yield (
+            f"model.channels_last=true with optimizer.kind={config.optimizer.kind}: bitsandbytes takes weights and "
+            "gradients for plain memory of one order; use optimizer.kind=adamw, or LoRA"
         )
 
 

@@ -18,7 +18,9 @@ from engine.config import Config, load_config
 from engine.evaluate import Evaluator, gap_closed
 from engine.evaluation_checks import check_evaluation
 from engine.models.denoiser import Denoiser
-from engine.roles import Roles, fit, load_exported, load_roles, save_student
+from engine.models.loading import fingerprint
+from engine.plan import plan
+from engine.roles import Roles, fit, load_exported, load_roles, load_student, save_student
 from engine.run_directory import RunDirectory, resolve, write_atomically
 from engine.sources import encode_prompts, load_sources
 from engine.trainer import Trainer
@@ -58,6 +60,7 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     origin = checkpoint.locate(config.resume, None if config.output_dir is None else Path(config.output_dir))
     folder = Path(ranks.broadcast(str(resolve(config, origin))))
     preflight.check_machine(config)
+    _plan_memory(config)
     roles = load_roles(config)
     sources = load_sources(config, roles.pipeline, folder)
     reward = preflight.check(config, roles, ranks.world_size())
@@ -89,6 +92,19 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     _train(trainer, run, folder, roles)
     summary = _finish(trainer, run, folder, roles, sources)
     return Result(load_exported(config, folder / "student"), summary, folder)
+
+
+def _plan_memory(config: Config) -> None:
+    device = ranks.device()
+    if device.type != "cuda" or not ranks.is_first():
+        return
+    made = plan(config, gpu_bytes=torch.cuda.get_device_properties(device).total_memory, ranks=ranks.world_size())
+    _say(made.table())
+    if not made.fits:
+        _say(
+            "warning: this run will probably end for want of GPU memory. What would make it fit: "
+            "python -m engine.plan, with the same configuration and the size of your GPU as --gpu"
+        )
 
 
 def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Roles) -> None:
@@ -140,7 +156,7 @@ def _finish(
     if config.evaluation.dpm:
         dpm_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance, dpm=True)
     with trainer.averaged.installed():
-        own = trainer.averaged.fingerprint() if config.evaluation.store else None
+        own = _fingerprint(trainer) if config.evaluation.store else None
         student_row = evaluator.row(trainer.student, config.student.steps, guidance=guidance, weights=own)
         noisy_row = evaluator.row(
             trainer.student, config.student.steps, guidance=guidance, eta=config.policy.eta, weights=own
@@ -186,6 +202,13 @@ def _finish(
     _say(report.summary_table(summary) + f"\n{folder}/samples.png  curves.png  summary.json  student/")
     ranks.barrier()
     return summary
+
+
+def _fingerprint(trainer: Trainer) -> str:
+    own = trainer.averaged.fingerprint()
+    if trainer.config.student.trainable is None:
+        return own
+    return f"{own} {fingerprint(load_student(trainer.config))}"  # the part that is not trained
 
 
 def _export(trainer: Trainer, directory: Path, roles: Roles) -> None:

@@ -1,7 +1,7 @@
 """What a run will need of a GPU's memory: `python -m engine.plan [CONFIG] --gpu 24GiB [--ranks N] [key=value ...]`.
 
-Traced on tensors without data, so neither weights nor a GPU are needed: the config.json files of teacher.path are enough,
-and for public models those of `engine/configs/architectures`. docs/memory.md says what is counted and how well.
+Traced on tensors without data, so neither weights nor a GPU are needed: the config.json files of teacher.path are
+enough, and for public models those of `engine/configs/architectures`. docs/memory.md: what is counted, and how well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,9 +125,7 @@ def plan(config: Config, *, gpu_bytes: int, ranks: int = 1, architecture: str | 
         directory = locate(config.teacher.path if architecture is None else architecture)
     except EngineError as error:
         raise EngineError(f"{'teacher.path' if architecture is None else '--architecture'}: {error}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the scheduler, which a run says again
-        return Plan(config, directory, gpu_bytes, ranks, memory(config, directory, ranks))
+    return Plan(config, directory, gpu_bytes, ranks, memory(config, directory, ranks))
 
 
 def parse_bytes(text: str) -> int:
@@ -168,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise EngineError(f"--ranks {options.ranks} is not a number of GPUs; give at least 1")
         config = load_config(options.config, options.overrides)
         started = time.perf_counter()
-        made = plan(
-            config, gpu_bytes=parse_bytes(options.gpu), ranks=options.ranks, architecture=options.architecture
-        )
+        made = plan(config, gpu_bytes=parse_bytes(options.gpu), ranks=options.ranks, architecture=options.architecture)
         print(made.table())
         advice = () if made.fits or options.no_advice else made.advice
         print(_spoken(made, advice, searched=not options.no_advice), end="")

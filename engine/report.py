@@ -49,6 +49,12 @@ SUMMARY_COLUMNS = {
     "class_accuracy": ("class accuracy", "{:.3f}"),
     "paired_cosine": ("paired cosine", "{:.4f}"),
 }
+FURTHER_COLUMNS = {
+    "kid": ("KID", "{:.4f}"),
+    "clip_score": ("CLIPScore", "{:.4f}"),
+    "diversity": ("diversity", "{:.4f}"),
+}
+"""Shown where a row has them."""
 
 CELL_PIXELS = 72  # small images are enlarged by the least whole factor that reaches this
 LARGEST_CELL_PIXELS = 256  # larger images are reduced, or ten columns of them would be a file of 100 MB
@@ -149,9 +155,10 @@ def steps_table(evaluation: Mapping) -> str:
         Lines without a closing newline.
     """
     rows = [("teacher", evaluation["teacher"])]
+    names = {"teacher": "teacher", "teacher_dpm": SUMMARY_ROWS["teacher_few_steps_dpm"], "student": "student"}
     for entry in evaluation["by_steps"]:
-        rows += [(name, entry[name]) for name in ("teacher", "student")]
-    return "\n".join(_aligned([_HEADER, *([name, *_cells(metrics)] for name, metrics in rows)]))
+        rows += [(name, entry[key]) for key, name in names.items() if key in entry]
+    return "\n".join(_aligned(_cells(rows)))
 
 
 def markdown_table(summary: Mapping) -> str:
@@ -218,14 +225,17 @@ def _table(summary: Mapping) -> list[list[str]]:
     models = [key for key in SUMMARY_ROWS if key in summary]
     if not models:
         raise ValueError(f"the summary has none of {', '.join(SUMMARY_ROWS)}, only {', '.join(summary) or 'nothing'}")
-    return [_HEADER, *([SUMMARY_ROWS[model], *_cells(summary[model])] for model in models)]
+    return _cells([(SUMMARY_ROWS[model], summary[model]) for model in models])
 
 
-_HEADER = ["", *(title for title, _ in SUMMARY_COLUMNS.values())]
-
-
-def _cells(metrics: Mapping) -> list[str]:
-    return [_format(metrics.get(key), form) for key, (_, form) in SUMMARY_COLUMNS.items()]
+def _cells(rows: Sequence[tuple[str, Mapping]]) -> list[list[str]]:
+    further = {key: column for key, column in FURTHER_COLUMNS.items() if any(key in metrics for _, metrics in rows)}
+    columns = SUMMARY_COLUMNS | further
+    header = ["", *(title for title, _ in columns.values())]
+    return [
+        header,
+        *([name, *(_format(metrics.get(key), form) for key, (_, form) in columns.items())] for name, metrics in rows),
+    ]
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

@@ -26,7 +26,7 @@ from engine.models.denoiser import Denoiser
 from engine.models.digits import TEACHER_DIR
 from engine.models.loading import LoadingError, fingerprint
 from engine.models.lora import ADAPTER, LoraError, add_lora, load_lora_state
-from engine.models.memory import prepare_network, prepare_vae, select_trainable
+from engine.models.memory import prepare_network, prepare_vae, select_trainable, use_channels_last
 from engine.models.pipelines import Pipeline, load_pipeline
 from engine.precision import DTYPES, weights_dtype
 
@@ -143,9 +143,10 @@ def fit(roles: Roles, config: Config) -> list[str]:
             prepare_network(
                 role.network,
                 gradient_checkpointing=config.model.gradient_checkpointing and role is roles.student,
-                channels_last=config.model.channels_last,
                 compile=config.model.compile,
             )
+            if config.model.channels_last and role.network is not roles.student.network:
+                use_channels_last(role.network)  # the student's come in that order after DeepSpeed has read them
         except ValueError as error:
             raise EngineError(f"model: {error}") from None
         if role.network is not roles.student.network:

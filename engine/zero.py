@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from engine.errors import EngineError
+from engine.models.memory import use_channels_last
 
 
 def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
@@ -107,6 +108,11 @@ def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumula
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         # DeepSpeed allocates the states by a step on zero gradients, which would count as Adam's first.
         engine.optimizer.state.clear()
+    if config.model.channels_last:
+        try:
+            use_channels_last(network, frozen_only=config.zero.stage > 0)
+        except ValueError as error:
+            raise EngineError(f"model.{error}") from None
     return engine
 
 
@@ -141,7 +147,8 @@ def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in trainable_parameters(engine):
         full = masters.get(parameter)
         full = safe_get_full_fp32_param(parameter) if full is None else full
-        yield name, (parameter if full is None else full).detach().float()
+        # in the default order, as files want it, whatever that of the live weight (model.channels_last)
+        yield name, (parameter if full is None else full).detach().float().contiguous()
 
 
 @torch.no_grad()

@@ -48,17 +48,13 @@ def select_trainable(network: nn.Module, pattern: str | None) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def prepare_network(
-    network: nn.Module, *, gradient_checkpointing: bool = False, channels_last: bool = False, compile: bool = False
-) -> None:
+def prepare_network(network: nn.Module, *, gradient_checkpointing: bool = False, compile: bool = False) -> None:
     """Set what a network does with memory and time; before DeepSpeed wraps it. Results stay, up to rounding.
 
     Args:
         network: a diffusers model, changed in place.
         gradient_checkpointing: keep the inputs of blocks for backward, and compute again what is inside.
-        channels_last: keep the weights of convolutions, and so what they compute, in the order (B, H, W, C).
-        compile: torch.compile each repeated block, once for all blocks and batches of the same widths: a few minutes at
-            the first passes instead of a few tens for a whole network.
+        compile: torch.compile each repeated block: once for all blocks of the same widths and for all batch sizes.
 
     Raises:
         ValueError: names the switch that this network has no use for.
@@ -68,12 +64,27 @@ def prepare_network(
         if not getattr(network, "_supports_gradient_checkpointing", False):
             raise ValueError(f"gradient_checkpointing=true, but a {kind} has no blocks that can be checkpointed")
         network.enable_gradient_checkpointing()
-    if channels_last:
-        if sum(isinstance(module, nn.Conv2d) for module in network.modules()) < 2:  # transformers embed patches by one
-            raise ValueError(f"channels_last=true is for networks of convolutions, which a {kind} is not; leave it out")
-        network.to(memory_format=torch.channels_last)
     if compile:
         _compile_blocks(network)
+
+
+def use_channels_last(network: nn.Module, *, frozen_only: bool = False) -> None:
+    """Keep the weights of convolutions, and so what these compute, in the order (B, H, W, C).
+
+    Args:
+        network: changed in place; after DeepSpeed has wrapped it, as that reads weights in the default order.
+        frozen_only: leave what requires gradients alone: ZeRO keeps it in a flat buffer, in the default order.
+
+    Raises:
+        ValueError: a network without chains of convolutions, as transformers are.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    if len(convolutions) < 2:  # transformers embed their patches by one
+        raise ValueError(f"channels_last=true is for networks of convolutions, which a {type(network).__name__} is not")
+    for convolution in convolutions:
+        weight = convolution.weight
+        if not (frozen_only and weight.requires_grad):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def prepare_vae(vae: nn.Module, *, slicing: bool = False, tiling: bool = False) -> None:

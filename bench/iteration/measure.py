@@ -21,8 +21,12 @@ from engine import preflight, ranks
 from engine.conditions import ConditionPool
 from engine.config import Config
 from engine.models.denoiser import Denoiser
-from engine.sampling import deterministic_policy, sample, to_images
-from engine.sources import Classes
+from engine.models.digits import TEACHER_DIR
+from engine.models.loading import fingerprint
+from engine.models.pipelines import load_pipeline
+from engine.roles import Roles
+from engine.sampling import deterministic_policy, sample
+from engine.sources import Classes, load_sources
 from engine.trainer import Trainer
 
 PHASES = ("teacher", "rollout", "reward", "update")
@@ -38,14 +42,22 @@ class Loop(Protocol):
     def iterate(self) -> dict[str, float]: ...
 
 
+def roles_of(teacher: Denoiser, student: nn.Module) -> Roles:
+    """What `engine.roles.load_roles` gives, of a teacher that is in no directory. Its latents are the images."""
+    pipeline = dataclasses.replace(load_pipeline(TEACHER_DIR, network=False), denoiser=teacher)
+    return Roles(pipeline, teacher, teacher.with_network(student), None, fingerprint(teacher), pipeline.decode)
+
+
 class Ours:
     """The engine's own trainer, with its teacher cache in a temporary folder."""
 
     def __init__(self, config: Config, teacher: Denoiser, student: nn.Module) -> None:
         self.student = student
         self.folder = tempfile.TemporaryDirectory()
-        reward = preflight.check(config, teacher, teacher, ranks.world_size())
-        self.trainer = Trainer(config, teacher, teacher.with_network(student), reward, Path(self.folder.name))
+        roles, folder = roles_of(teacher, student), Path(self.folder.name)
+        sources = load_sources(config, roles.pipeline, folder)
+        reward = preflight.check(config, roles, ranks.world_size())
+        self.trainer = Trainer(config, roles, sources, reward, folder)
 
     def iterate(self) -> dict[str, float]:
         row = self.trainer.train_iteration()
@@ -60,7 +72,7 @@ def build(name: str, problem: Problem, seed: int, teacher: Denoiser) -> Loop:
     if name == "ours_all_steps":
         config = problem.config(seed, policy={"window": None}, objective={"step_weights": "none"})
         return Ours(config, teacher, student)
-    reward = preflight.check(config, teacher, teacher, ranks.world_size())
+    reward = preflight.check(config, roles_of(teacher, student), ranks.world_size())
     return PlainLoop(RECIPES[name], config, teacher, student, reward)
 
 
@@ -181,7 +193,8 @@ class Judge:
 
     def __init__(self, config: Config, teacher: Denoiser) -> None:
         self.config, self.teacher, self.device = config, teacher, ranks.device()
-        self.reward = preflight.check(config, teacher, teacher, ranks.world_size())
+        roles = roles_of(teacher, teacher.network)
+        self.reward, self.decode = preflight.check(config, roles, ranks.world_size()), roles.decode
         settings = config.evaluation
         self.pool = ConditionPool(
             "held_out", settings.seed, settings.held_out, Classes(teacher.classes), teacher.latent_shape
@@ -203,4 +216,4 @@ class Judge:
         latents, _ = sample(
             denoiser, policy, self.pool, self.indices, guidance=1.0, device=self.device, batch_size=batch
         )
-        return to_images(latents)
+        return self.decode(latents)

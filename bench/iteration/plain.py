@@ -32,7 +32,6 @@ from engine.conditions import ConditionPool
 from engine.config import Config
 from engine.models.denoiser import Denoiser
 from engine.rl.rewards import CompositeReward
-from engine.sampling import to_images
 from engine.sources import Classes
 from engine.zero import learning_rate, make_optimizer
 
@@ -146,7 +145,7 @@ class PlainLoop:
             latents, old = self.roll_out(rows, noisy)
         with account.timed("reward"), torch.no_grad():
             labels = {"class_labels": self.labels[rows]}
-            rewards, _ = self.reward(to_images(latents[-1]), to_images(targets), labels)
+            rewards, _ = self.reward(images(latents[-1]), images(targets), labels)
             advantage = self.recipe.advantage(rewards.view(-1, size)).flatten()
         with account.timed("update"):
             self.update(latents, old, rows, advantage)
@@ -225,6 +224,11 @@ class PlainLoop:
                 output = network(part, timestep.expand(len(part)), class_labels=label)
                 eps.append((output if isinstance(output, Tensor) else output.sample).float())
         return sampler.mean_and_std(step, x, torch.cat(eps), eta)
+
+
+def images(latents: Tensor) -> Tensor:
+    """Latents that are pixels in [-1, 1] as images (B, C, H, W) in [0, 1]."""
+    return (latents / 2 + 0.5).clamp(0, 1)
 
 
 def fp32_copy(teacher: Denoiser) -> nn.Module:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Config, load_config
-from engine.models.denoiser import Denoiser
+from engine.models.denoiser import Denoiser, null_class
 from engine.models.digits import TEACHER_DIR
-from engine.models.loading import load_denoiser
+from engine.models.pipelines import load_pipeline
 
 COMMON = {
     "teacher": {"steps": 50},
@@ -60,10 +60,11 @@ class Problem:
             network = self.network().eval().requires_grad_(False).to(device)
         # All problems read the digits' schedule (DDIM, linear, epsilon): the cost of a step does not depend on it.
         return dataclasses.replace(
-            load_denoiser(TEACHER_DIR),
+            load_pipeline(TEACHER_DIR, network=False).denoiser,
             network=network.to(torch.bfloat16) if precision == "bf16" else network,
             latent_shape=self.latent_shape,
             classes=self.classes,
+            unconditional=null_class(self.classes),
         )
 
 
@@ -95,7 +96,7 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _digits_unet() -> nn.Module:
-    return load_denoiser(TEACHER_DIR).network
+    return load_pipeline(TEACHER_DIR).denoiser.network
 
 
 def dit(**config: Any) -> nn.Module:

@@ -1,7 +1,7 @@
-"""What would make a run fit: changes of the configuration, cheapest in speed first, each planned again before it is said.
+"""What would make a run fit: changes of the configuration, cheapest in speed first, each planned before it is said.
 
-How much a change slows an iteration down is an estimate from what it computes or moves more; it orders the advice and is
-not a measurement.
+How much a change slows an iteration down is an estimate from what it computes or moves more; it orders the advice and
+is not a measurement.
 """
 
 from __future__ import annotations

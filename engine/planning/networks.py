@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,9 @@ def load(directory: Path, config: Config, key: str) -> Pipeline:
 
     diffusers.utils.logging.set_verbosity_error()  # what it says of a cast does not hold without weights
     try:
-        pipeline = load_pipeline(directory, resolution=config.teacher.resolution, network=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the scheduler, which the run itself gives
+            pipeline = load_pipeline(directory, resolution=config.teacher.resolution, network=False)
     except LoadingError as error:
         raise EngineError(f"{key}: {error}") from None
     if pipeline.vae is not None:
@@ -247,9 +250,7 @@ def condition(pipeline: Pipeline, rows: int, dtype: torch.dtype) -> Condition:
     result: dict[str, Tensor] = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in shapes.items()}
     if pipeline.denoiser.guidance_kind == "classifier_free":
         shared = ("time_ids", "resolution", "aspect_ratio")
-        result |= {
-            NEGATIVE + name: torch.empty_like(value) for name, value in result.items() if name not in shared
-        }
+        result |= {NEGATIVE + name: torch.empty_like(value) for name, value in result.items() if name not in shared}
     return result
 
 

@@ -21,7 +21,7 @@ from engine.models.pipelines import Pipeline
 from engine.planning import networks
 from engine.planning.networks import FAKE, Networks
 from engine.planning.rewards import RewardMemory, reward_memory
-from engine.planning.states import FULL, States, Trained, states
+from engine.planning.states import FULL, Trained, states
 from engine.planning.tracing import Trace, trace
 from engine.precision import DTYPES, weights_dtype
 from engine.rl import GaussianPolicy
@@ -200,7 +200,7 @@ class Sizes:
 
     @property
     def in_update(self) -> int:
-        """Bytes of a rank's conditions, teacher latents and trajectories: x and x_next of each pair, and the results."""
+        """Bytes of a rank's conditions, teacher latents and trajectories: x and x_next of each pair, and the ends."""
         return self.conditions * (self.row + self.latent) + self.samples * self.latent * (2 * self.stochastic + 1)
 
     @property

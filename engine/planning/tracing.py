@@ -1,11 +1,11 @@
 """Peak memory of a computation, from a run on fake tensors: shapes and lifetimes, no data.
 
-Every storage that an operator returns is counted until nothing refers to it any more, autograd's saved tensors included.
+Every storage that an operator returns is counted until nothing refers to it any more, autograd's saved tensors too.
 Not seen: workspaces inside an operator (cuDNN's, cuBLAS's), but for attention's, and the gaps of an allocator.
 
-PyTorch built without CUDA cannot run autograd on fake CUDA tensors, so the tensors are fake CPU tensors on every machine.
-Attention then runs the CPU's flash operator, which keeps what the GPU's flash and memory-efficient ones keep: query, key,
-value, output, and one number a row.
+PyTorch built without CUDA cannot run autograd on fake CUDA tensors, so the tensors are fake CPU tensors everywhere.
+Attention then runs the CPU's flash operator, which keeps what the GPU's flash and memory-efficient ones keep: query,
+key, value, output, and one number a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
 
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 """Its second argument is the query. Below fp32 the gradients are summed in fp32 first, the query's on a GPU."""
@@ -44,7 +43,9 @@ class Trace:
         return max(size for size, _ in self.moments)
 
 
-def trace(computation: Callable[[], object], *, given: Iterable[Tensor] = (), network: nn.Module | None = None) -> Trace:
+def trace(
+    computation: Callable[[], object], *, given: Iterable[Tensor] = (), network: nn.Module | None = None
+) -> Trace:
     """Run a computation under a FakeTensorMode and follow its storages.
 
     Args:

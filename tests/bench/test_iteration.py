@@ -8,11 +8,10 @@ import torch
 
 from bench.iteration import __main__ as command
 from bench.iteration import measure, problems, summary
-from bench.iteration.plain import RECIPES, Ddim, PlainLoop, fp32_copy, log_prob
+from bench.iteration.plain import RECIPES, Ddim, PlainLoop, fp32_copy, images, log_prob
 from engine import preflight, ranks
 from engine.models.digits import TEACHER_DIR
 from engine.rl.losses import pair_loss
-from engine.sampling import to_images
 
 SIZES = {
     "iterations": 5,
@@ -52,8 +51,9 @@ def teacher_of(problem, precision="fp32"):
 
 
 def plain(name, problem, teacher, **overrides):
-    config = problem.config(0, **overrides)
-    return PlainLoop(RECIPES[name], config, teacher, fp32_copy(teacher), preflight.check(config, teacher, teacher, 1))
+    config, student = problem.config(0, **overrides), fp32_copy(teacher)
+    reward = preflight.check(config, measure.roles_of(teacher, student), 1)
+    return PlainLoop(RECIPES[name], config, teacher, student, reward)
 
 
 @pytest.mark.parametrize("problem", [TINY_DIT, TINY_TEXT], ids=["dit", "text_unet"])
@@ -95,14 +95,13 @@ def test_the_plain_log_prob_is_that_of_a_normal():
 def test_the_plain_update_has_the_gradient_of_our_loss():
     teacher = teacher_of(TINY_DIT)
     ours = measure.build("ours_all_steps", TINY_DIT, 0, teacher).trainer
-    batch, policy, size = ours.draw_conditions(), ours.policies[0], 4
-    trajectory = ours.roll_out(batch, policy)
-    condition = {name: value.repeat_interleave(size, 0) for name, value in batch.condition.items()}
+    batch, policy, size = ours.collector.draw_conditions(0), ours.policies[0], 4
+    trajectory = ours.collector.roll_out(batch, policy)
     advantage = torch.randn(8, generator=torch.Generator().manual_seed(0))
     pairs = torch.arange(len(trajectory.step))
     arguments = {"guidance": 1.0, "clip_range": 0.2, "weights": ours.step_weights}
     student = teacher.with_network(fp32_copy(teacher))  # DeepSpeed's engine allows no backward but its own
-    pair_loss(student, policy, trajectory, pairs, condition, advantage, **arguments).loss.backward()
+    pair_loss(student, policy, trajectory, pairs, batch.condition, advantage, **arguments).loss.backward()
 
     loop = plain("reference_recipe", TINY_DIT, teacher, optimizer={"lr": 1.0, "max_grad_norm": 1e9})
     loop.optimizer = torch.optim.SGD(loop.student.parameters())
@@ -124,12 +123,11 @@ def test_all_loops_draw_the_same_conditions_and_targets(name):
     ours = measure.build("ours", TINY_DIT, 0, teacher).trainer
     loop = plain(name, TINY_DIT, teacher)
     for iteration in range(3):
-        ours.iteration = iteration
-        indices = ours.draw_conditions().indices
+        indices = ours.collector.draw_conditions(iteration).indices
         conditions = loop.pool.draw(2, iteration=iteration)
         targets = loop.draw_targets(conditions, conditions.repeat_interleave(4))
-        expected = ours.teacher_images(ours.pool, indices).repeat_interleave(4, 0)
-        torch.testing.assert_close(to_images(targets), expected, rtol=0, atol=1e-4)
+        expected = ours.collector.decode(ours.collector.teacher_latents(ours.pool, indices)).repeat_interleave(4, 0)
+        torch.testing.assert_close(images(targets), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", measure.LOOPS)

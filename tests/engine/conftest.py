@@ -2,8 +2,12 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +196,43 @@ def start(tiny_config, tmp_path):
         return Trainer(config, roles, sources, asked_for, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     return make
+
+
+def _clean_environment() -> dict[str, str]:
+    """Without what this process, a group of one, may have set for itself."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"DS_ACCELERATOR": "cpu"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_ranks(commands: list[list[str]], cwd: Path) -> list[subprocess.Popen]:
+    shared = _clean_environment() | {
+        "WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """How tests start several ranks: `start_ranks(commands, cwd)`, `clean_environment()`, `free_port()`."""
+    return SimpleNamespace(start_ranks=_start_ranks, clean_environment=_clean_environment, free_port=_free_port)
 
 
 @pytest.fixture(scope="session")

@@ -209,7 +209,7 @@ def nan_weight(teacher):
 
 DAMAGED = {
     "without unet/": (no_unet, "unet/config.json", "diffusers format"),
-    "without scheduler/": (no_scheduler, "scheduler/scheduler_config.json", "diffusers format"),
+    "without scheduler/": (no_scheduler, "no scheduler/", "model_index.json", "whole directory"),
     "with a cut config.json": (cut_config, "unet/config.json", "corrupt"),
     "with a list for config.json": (config_of_a_list, "unet/config.json", "list"),
     "with a cut scheduler_config.json": (cut_scheduler, "scheduler_config.json", "corrupt"),

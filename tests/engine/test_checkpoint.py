@@ -64,17 +64,23 @@ def assert_equal(first, second, where: str = "") -> None:
         assert first == second, where
 
 
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a folder, by file."""
+    found = {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    assert found, f"{folder} holds no tensors"
+    return found
+
+
 def assert_same_run(first: Path, second: Path) -> None:
     """Equal metrics, student, best student, and state to go on from; the checkpoints may be of different age."""
     assert rows(first) == rows(second)
-    assert_equal(load_file(first / "student" / UNET), load_file(second / "student" / UNET), "student")
     best = [folder / "checkpoints" / "best" for folder in (first, second)]
     assert json.loads((best[0] / "best.json").read_text()) == json.loads((best[1] / "best.json").read_text())
-    assert_equal(load_file(best[0] / "student" / UNET), load_file(best[1] / "student" / UNET), "best")
+    assert_equal(*(weights(folder / "student") for folder in (first, second)), "student")
+    assert_equal(*(weights(folder / "student") for folder in best), "best")
     newest = [checkpoint.existing(folder / "checkpoints")[-1] for folder in (first, second)]
     assert newest[0].name == newest[1].name
-    for file in ("ema.safetensors", "baseline.safetensors"):
-        assert_equal(load_file(newest[0] / file), load_file(newest[1] / file), file)
+    assert_equal(*(weights(folder) for folder in newest), "averages, baselines and rewards")
     states = sorted(path.name for path in (newest[0] / "deepspeed").iterdir())
     assert states == sorted(path.name for path in (newest[1] / "deepspeed").iterdir())
     for file in states:
@@ -140,6 +146,18 @@ VARIANTS = {
     "ZeRO stage 2": ["zero.stage=2"],
     "8-bit optimizer states": ["optimizer.kind=adamw8bit"],
     "bf16 with fp32 weights": ["precision=bf16", "zero.stage=1", "train.ratio_tolerance=0.05"],
+    "adapters": ["lora.rank=2", "lora.target=.*time_emb_proj", "objective.kl_coef=0.1"],
+    "a part of the weights": ["student.trainable=up_blocks", "zero.stage=2"],
+    "a cloned student of another architecture": [
+        "student.architecture={layers_per_block: 2}",
+        "cloning.iterations=3",
+        "objective.kl_coef=0.1",
+    ],
+    "standardised terms and overlapping parts": [
+        "reward.terms={feature: 1, pixel: 1}",
+        "reward.standardize=true",
+        "rollout.chunks=2",
+    ],
 }
 
 

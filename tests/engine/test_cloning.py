@@ -63,11 +63,10 @@ def test_a_smaller_student_of_the_digits_learns_to_predict_as_its_teacher(start)
     before = error(trainer.student, teacher, 4)
     losses = clone(trainer, teacher)
     after = error(trainer.student, teacher, 4)
-    print("SEEN", before, after, losses[0], losses[-1], before / after)
     assert len(losses) == 150
     assert all(math.isfinite(loss) for loss in losses)
-    assert max(losses[-5:]) < losses[0] / 10
-    assert after < before / 10
+    assert max(losses[-5:]) < losses[0] / 50  # seen: 176
+    assert after < before / 10  # seen: 23, on 20 conditions that it was not cloned on
 
 
 def test_states_and_predictions_are_those_of_the_teachers_own_trajectories(tiny_teacher):
@@ -161,9 +160,8 @@ def test_micro_batches_give_the_gradient_of_one(start, stage, micro_batch):
 def test_the_loss_is_the_mean_squared_error_of_the_predictions(start):
     trainer = start(SMALLER, "cloning.iterations=1", "train.updates=1", "train.micro_batch=32", "rollout.pool=8")
     teacher = trainer.collector.targets.teacher
-    student = trainer.student.with_network(load_pipeline(trainer.config.teacher.path).denoiser.network)
-    student = trainer.student.with_network(type(student.network).from_config(trainer.engine.module.config))
-    student.network.load_state_dict(weights(trainer))
+    network = type(trainer.engine.module).from_config(trainer.engine.module.config)
+    network.load_state_dict(weights(trainer))
     pool, policy = trainer.pool, deterministic_policy(teacher, 3)
     indices = pool.draw(8, iteration=0)
     states, predictions = teacher_predictions(
@@ -172,7 +170,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_predictions(start):
     errors = []
     for step, (x, target) in enumerate(zip(states, predictions, strict=True)):
         with torch.no_grad():
-            own = student.network(x, policy.timesteps[step], **pool.condition(indices)).sample
+            own = network(x, policy.timesteps[step], **pool.condition(indices)).sample
         errors.append((own - target).double().square().mean().item())
     assert clone(trainer, teacher) == [pytest.approx(sum(errors) / 3, rel=1e-4)]
 

@@ -58,7 +58,8 @@ def start(tiny_pipeline, prompts, tmp_path):
         text = [] if family == "dit" else [f"prompts.path={prompts}", "prompts.held_out=0.6"]
         settings = [
             f"teacher.path={tiny_pipeline(family)}", "teacher.resolution=[16, 16]", f"teacher.steps={STEPS}",
-            "teacher.guidance=2", f"student.steps={FEW}", f"evaluation.samples={SAMPLES}", "rollout.batch_size=32",
+            "teacher.guidance=2", "train.threads=1", f"student.steps={FEW}", f"evaluation.samples={SAMPLES}",
+            "rollout.batch_size=32",
             f"policy.kind={'cps' if family in ('sd3', 'flux') else 'ddim'}", f"prompts.cache={tmp_path / 'prompts'}",
         ]  # fmt: skip
         config = load_config({}, [*settings, *text, *overrides])

@@ -1,20 +1,17 @@
 """Every model family trains from the command line: full and LoRA, in fp32 and bf16, under each ZeRO stage."""
 
 import json
-import shutil
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import engine
 from engine import train
 from engine.run_directory import read_metrics
 
-TRAIN = Path(engine.__file__).parent / "train.py"
 CLASSES = ("dit",)
 FLOWS = ("sd3", "sd35", "flux", "flux-schnell")
 WITHOUT_GUIDANCE = ("flux-schnell",)
@@ -90,3 +87,59 @@ def test_every_family_trains(tiny_pipeline, prompts, tmp_path, quick_finish, fam
     assert summary["student"]["steps"] == 3
     saved = list((tmp_path / "run" / "student").rglob("*.safetensors"))
     assert saved
+
+
+RUN_ALL = """
+import json, sys
+from engine import train
+sys.exit(max(train.main(command) for command in json.loads(sys.argv[1])))
+"""
+
+
+def test_two_ranks_train_the_adapters_of_one_in_every_stage(tiny_pipeline, prompts, tmp_path, quick_finish, launch):
+    """The whole data flow of a text pipeline; all stages in one pair of processes, as a start takes ten seconds."""
+    directory = tiny_pipeline("sd3")
+
+    def command(name: str, stage: int) -> list[str]:
+        more = [*mode("lora", "fp32", stage), "evaluation.every=0", "optimizer.eps=1e-4"]
+        return arguments("sd3", directory, prompts, tmp_path / name, *more)
+
+    assert train.main(command("one", 0)) == 0
+    together = json.dumps([command(f"two-{stage}", stage) for stage in range(4)])
+    processes = launch.start_ranks([["-c", RUN_ALL, together]] * 2, tmp_path)
+    said = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]
+    alone = adapter(tmp_path / "one")
+    assert all(bool(value.any()) for name, value in alone.items() if "lora_B" in name)  # B starts at 0
+    for stage in range(4):
+        found = adapter(tmp_path / f"two-{stage}")
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * float(value.abs().max()), msg=name)
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_run_on_a_gpu_prints_its_memory_plan_and_warns_when_it_is_too_large(
+    tiny_pipeline, prompts, tmp_path, monkeypatch, capsys
+):
+    class Loaded(Exception):
+        pass
+
+    def stop(config):
+        raise Loaded
+
+    properties = type("Properties", (), {"total_memory": 2**20})
+    monkeypatch.setattr("engine.ranks.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("engine.distillation.load_roles", stop)
+    overrides = arguments("sd", tiny_pipeline("sd"), prompts, tmp_path / "run")
+    with pytest.raises(Loaded):
+        engine.distill(engine.load_config(None, overrides))
+    said = capsys.readouterr().out
+    assert "GiB per GPU" in said
+    assert "does not fit" in said
+    assert "warning: this run will probably end for want of GPU memory" in said
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,6 @@ from engine.kernels import patch
 from engine.models.pipelines import load_pipeline
 from engine.roles import fuse_kernels
 
-
 CPU = torch.device("cpu")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,24 +39,12 @@ FIXED = (
 )
 
 
-def clean_environment() -> dict[str, str]:
-    """Without what this process, a group of one, may have set for itself."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in ours} | {"DS_ACCELERATOR": "cpu"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def by_the_launcher(arguments: list[str], cwd: Path) -> None:
+def by_the_launcher(launch, arguments: list[str], cwd: Path) -> None:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     run = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(TRAIN), *arguments],
+        [*launcher, "--master_port", str(launch.free_port()), str(TRAIN), *arguments],
         cwd=cwd,
-        env=clean_environment(),
+        env=launch.clean_environment(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -66,30 +53,11 @@ def by_the_launcher(arguments: list[str], cwd: Path) -> None:
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
 
 
-def by_environment(arguments: list[str], cwd: Path) -> None:
+def by_environment(launch, arguments: list[str], cwd: Path) -> None:
     """As other launchers start ranks: nothing but variables."""
-    processes = start_ranks([[str(TRAIN), *arguments]] * 2, cwd)
+    processes = launch.start_ranks([[str(TRAIN), *arguments]] * 2, cwd)
     said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]
-
-
-def start_ranks(commands: list[list[str]], cwd: Path) -> list[subprocess.Popen]:
-    shared = clean_environment() | {
-        "WORLD_SIZE": str(len(commands)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, command in enumerate(commands)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -100,10 +68,10 @@ def start_ranks(commands: list[list[str]], cwd: Path) -> list[subprocess.Popen]:
     ],
     ids=["launcher, stage 0, grpo", "environment, stage 2, ppo"],
 )
-def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, run, overrides):
+def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, launch, run, overrides):
     overrides = [*tiny_overrides, *FIXED, *overrides]
     engine.distill(engine.load_config({}, [*overrides, f"output_dir={tmp_path / 'one'}"]))
-    run([*overrides, f"output_dir={tmp_path / 'two'}", "train.threads=null"], tmp_path)
+    run(launch, [*overrides, f"output_dir={tmp_path / 'two'}", "train.threads=null"], tmp_path)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 2
     for alone, together in zip(one, two, strict=True):
@@ -177,8 +145,8 @@ print(json.dumps({
 """
 
 
-def test_two_ranks_gather_rows_of_different_counts_in_the_order_of_ranks(tmp_path):
-    processes = start_ranks([["-c", TALK, "null"], ["-c", TALK, "3"]], tmp_path)
+def test_two_ranks_gather_rows_of_different_counts_in_the_order_of_ranks(tmp_path, launch):
+    processes = launch.start_ranks([["-c", TALK, "null"], ["-c", TALK, "3"]], tmp_path)
     said = [json.loads(process.communicate(timeout=120)[0].strip().splitlines()[-1]) for process in processes]
     for rank, word in enumerate(said):
         assert word["rank"] == rank

@@ -73,6 +73,7 @@ def test_1_negative_advantages_have_the_whole_gradient_under_guidance(guidance):
 
 def test_3_groups_hold_one_condition_so_a_reward_of_the_condition_alone_teaches_nothing(start):
     """The reference's groups mixed prompts: easy prompts were reinforced, hard ones unlearned."""
+
     def reward_of_the_class(images, targets, asked):
         return asked["class_labels"].float() ** 2
 
@@ -136,7 +137,9 @@ def test_7_the_encoder_sees_both_sides_alike(start):
     trainer = start("reward.terms={feature: 1}")
     seen = []
     collector, encoder = trainer.collector, trainer.reward.encoder
-    collector.reward = dataclasses.replace(trainer.reward, encoder=lambda images: seen.append(images) or encoder(images))
+    collector.reward = dataclasses.replace(
+        trainer.reward, encoder=lambda images: seen.append(images) or encoder(images)
+    )
     batch = collector.draw_conditions(0)
     latents = collector.teacher_latents(trainer.pool, batch.indices)
     final = collector.roll_out(batch, trainer.policies[0]).final

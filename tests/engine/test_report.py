@@ -147,6 +147,18 @@ def test_summary_table_shows_the_training_eta_when_it_was_evaluated():
     assert "student, training eta" in summary_table(SUMMARY | {"student_training_eta": {"steps": 5}})
 
 
+def test_summary_table_shows_further_figures_and_samplers_where_there_are_some():
+    assert "KID" not in summary_table(SUMMARY)
+    more = SUMMARY | {
+        "teacher_few_steps_dpm": {**SUMMARY["teacher_few_steps"], "kid": 0.01234},
+        "student": {**SUMMARY["student"], "kid": 0.5, "clip_score": 0.3},
+    }
+    header, _, *rows = summary_table(more).splitlines()[:6]
+    assert header.split()[-2:] == ["KID", "CLIPScore"]
+    assert rows[2].startswith("teacher, DPM-Solver++")
+    assert [row.split()[-2:] for row in rows] == [["-", "-"], ["-", "-"], ["0.0123", "-"], ["0.5000", "0.3000"]]
+
+
 def test_markdown_table_has_the_same_cells():
     lines = markdown_table(SUMMARY).splitlines()
     assert lines[0].startswith("|  | steps | FD |")

@@ -253,7 +253,7 @@ def test_a_reward_of_nan_stops_the_run_before_anything_is_updated(start):
 
     trainer = start(reward=broken)
     before = weights(trainer)
-    with pytest.raises(EngineError, match="iteration 1: .* broken is not finite for 1 of 16 .*; nothing was updated"):
+    with pytest.raises(EngineError, match=r"iteration 1: .* broken is not finite for 1 of 16 .*; nothing was updated"):
         trainer.train_iteration()
     assert distance(weights(trainer), before) == 0
 

@@ -1,10 +1,6 @@
 """Other weights in the live network: at every ZeRO stage, in both precisions, on one rank and on two, and back."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,22 +125,9 @@ print(json.dumps([[*case, tests.check(*case)] for case in tests.CASES]))
 """
 
 
-def test_two_ranks_write_and_put_back_the_same():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ON_A_RANK, str(Path(__file__).parent)],
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in processes]
+def test_two_ranks_write_and_put_back_the_same(launch, tmp_path):
+    processes = launch.start_ranks([["-c", ON_A_RANK, str(Path(__file__).parent)]] * 2, tmp_path)
+    said = [process.communicate(timeout=240) for process in processes]
     for process, (out, err) in zip(processes, said, strict=True):
         assert process.returncode == 0, err[-3000:]
         results = json.loads(out.strip().splitlines()[-1])
