@@ -1,9 +1,10 @@
 """Checkpoints: written whole or not at all, found again, and refused where they do not fit.
 
 A checkpoint is a folder `checkpoints/iteration-000020` with DeepSpeed's state (`deepspeed/`), the averaged student
-(`ema.safetensors`) and the trainer's state (`trainer.json`, `baseline.safetensors`). It is written under a temporary
-name, flushed to disk and renamed, so a process killed at any moment leaves either the whole folder or a temporary one
-that the next start removes.
+(`ema.safetensors`), the trainer's state (`trainer.json`, `baseline.safetensors`) and, in a run that clones and keeps
+near its initial student, that one (`reference.safetensors`). It is written under a temporary name, flushed to disk and
+renamed, so a process killed at any moment leaves either the whole folder or a temporary one that the next start
+removes.
 """
 
 from __future__ import annotations

@@ -64,8 +64,6 @@ def versions() -> dict[str, str]:
 
 
 def _machine(config: Config) -> None:
-    if config.precision == "fp16" and ranks.device().type == "cpu":
-        raise EngineError("precision=fp16 needs a GPU; on a CPU use fp32 or bf16")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise EngineError("logging.wandb=true, but wandb is not installed; pip install redif-engine[wandb]")
     cache = config.teacher.cache

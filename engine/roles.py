@@ -133,12 +133,15 @@ def fit(roles: Roles, config: Config) -> list[str]:
         EngineError: names the key that a network cannot follow.
     """
     device, lines = ranks.device(), {}
+    attention = config.model.attention
+    if attention == "auto" and config.model.compile:
+        attention = "sdpa"  # xformers' choice of an operator cannot be traced
     for role in (roles.student, roles.teacher, roles.reference):
         if role is None or id(role.network) in lines:
             continue
         try:
             dtype = weights_dtype(config) if role is roles.teacher else DTYPES[config.precision]
-            operator = set_attention(role.network, config.model.attention, device=device, dtype=dtype)
+            operator = set_attention(role.network, attention, device=device, dtype=dtype)
             lines[id(role.network)] = f"attention: {operator}"
             prepare_network(
                 role.network,
@@ -183,12 +186,16 @@ def save_student(config: Config, pipeline: Pipeline, values: Mapping[str, Tensor
         directory: empty or new.
     """
     if config.lora.rank:
-        state = {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
-        pipeline.save_lora(directory, state, pipeline.denoiser.network.peft_config[ADAPTER])
+        pipeline.save_lora(directory, adapter_state(values), pipeline.denoiser.network.peft_config[ADAPTER])
         return
     network = load_student(config).network
     network.load_state_dict(dict(values), strict=False)
     pipeline.save_student(directory, network)
+
+
+def adapter_state(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained values by their names in the network -> the adapter's tensors as `models.lora.lora_state` names them."""
+    return {name.replace(f".{ADAPTER}.", "."): value for name, value in values.items()}
 
 
 def load_exported(config: Config, directory: Path) -> Denoiser:
@@ -216,7 +223,13 @@ def adapt(pipeline: Pipeline, config: Config) -> None:
     """
     settings = config.lora
     try:
-        add_lora(pipeline.denoiser.network, rank=settings.rank, alpha=settings.alpha, target=settings.target)
+        add_lora(
+            pipeline.denoiser.network,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            target=settings.target,
+            seed=config.seed,
+        )
     except LoraError as error:
         raise EngineError(f"lora.target: {error}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import checkpoint, ranks, zero
 from engine.account import Account
@@ -94,8 +94,8 @@ class Trainer:
         """Take the student as it is for the initial one: of the average, and of the reference if it has weights of its
         own."""
         self.averaged = AveragedWeights(self.engine, self.config.ema.decay)
-        if self.reference is not None and self.reference.network is not self.engine.module:
-            self.reference.network.load_state_dict(self.averaged.values, strict=False)
+        if self._cloned_reference is not None:
+            self._cloned_reference.load_state_dict(self.averaged.values, strict=False)
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -263,6 +263,9 @@ class Trainer:
         if ranks.is_first():
             save_file(self.averaged.values, folder / "ema.safetensors")
             save_file(self.baseline.state_dict(), folder / "baseline.safetensors")
+            if self._cloned_reference is not None:
+                values = {name: value.contiguous() for name, value in self._cloned_reference.state_dict().items()}
+                save_file(values, folder / "reference.safetensors")
             state = {
                 "iteration": self.iteration,
                 "config": self.config.as_dict(),
@@ -285,6 +288,8 @@ class Trainer:
             loaded, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
             self.averaged.load(load_file(folder / "ema.safetensors"))
             self.baseline.load_state_dict(load_file(folder / "baseline.safetensors"))
+            if self._cloned_reference is not None:
+                self._cloned_reference.load_state_dict(load_file(folder / "reference.safetensors"))
             if self.reward.standardizer is not None:
                 self.reward.standardizer.load_state_dict(state["reward"])
         except Exception as error:  # torch, safetensors and DeepSpeed raise many kinds for cut or foreign files
@@ -308,6 +313,12 @@ class Trainer:
     def accumulation(self) -> int:
         """Micro-batches per optimizer step."""
         return math.ceil(self._minibatch_size / self.micro_batch)
+
+    @property
+    def _cloned_reference(self) -> nn.Module | None:
+        """The reference's own network in a run that clones, whose initial student is in no directory."""
+        own = self.reference is not None and self.reference.network is not self.engine.module
+        return self.reference.network if own and self.config.cloning.iterations else None
 
     @property
     def _minibatch_size(self) -> int:

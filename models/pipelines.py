@@ -82,8 +82,8 @@ class Pipeline:
         Args:
             batch_size: most images that the autoencoder decodes at once; None: all.
         """
-        parts = [self._decode(part) for part in latents.split(batch_size or len(latents))]
-        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+        parts = latents.split(batch_size or len(latents))
+        return torch.cat([(self._decode(part).float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
     def save_student(self, directory: str | Path, network: nn.Module) -> None:
         """Write a student as a whole directory that stock diffusers loads and samples like the eta = 0 sampler.
@@ -187,7 +187,8 @@ def load_pipeline(
         dtype: of the network (of what it computes in, when it is quantised) and of the text encoders.
         resolution: (H, W) in pixels; None: what the stock pipeline takes.
         quantization: "int8" or "nf4" stores the network's linear layers so, by bitsandbytes.
-        network: False leaves the network on the meta device, with its configuration and without weights.
+        network: False leaves the network and the autoencoder on the meta device, with their configurations and without
+            weights.
 
     Raises:
         LoadingError: names the directory, what is wrong with it or the request, and what is possible.
@@ -220,7 +221,7 @@ def load_pipeline(
             f"{directory}/{family.component} has num_class_embeds={config.get('num_class_embeds')}; "
             "at least one class and the null class of guidance are needed"
         )
-    vae = _load_vae(directory, family, config)
+    vae = _load_vae(directory, family, config, weights=network)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     shape = _latent_shape(directory, family, config, factor, resolution)
     height, width = shape[1:]
@@ -271,7 +272,7 @@ def _network_config(directory: Path, family: Family) -> dict[str, Any]:
     return config
 
 
-def _load_vae(directory: Path, family: Family, config: dict[str, Any]) -> nn.Module | None:
+def _load_vae(directory: Path, family: Family, config: dict[str, Any], *, weights: bool) -> nn.Module | None:
     import diffusers
 
     if not family.has_vae:
@@ -279,7 +280,13 @@ def _load_vae(directory: Path, family: Family, config: dict[str, Any]) -> nn.Mod
     name = read_json(directory, "vae/config.json").get("_class_name")
     if name not in AUTOENCODERS:
         raise LoadingError(f"{directory}/vae is a {name}; supported are {', '.join(AUTOENCODERS)}")
-    vae = load_weights(getattr(diffusers, name), directory, "vae", torch_dtype=torch.float32).requires_grad_(False)
+    kind = getattr(diffusers, name)
+    if weights:
+        vae = load_weights(kind, directory, "vae", torch_dtype=torch.float32)
+    else:
+        with torch.device("meta"):
+            vae = kind.from_config(read_json(directory, "vae/config.json")).eval()
+    vae.requires_grad_(False)
     channels = family.latent_shape(config)[0]
     if vae.config.latent_channels != channels:
         raise LoadingError(

@@ -25,7 +25,8 @@ def quantize(network: nn.Module, kind: str, dtype: torch.dtype) -> None:
         sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
         with torch.device("meta"):
             if kind == "int8":
-                small = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0)
+                # Above 0, which columns stay in 16 bits depends on the whole batch: rollout and update would differ.
+                small = Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=0.0)
             else:
                 small = Linear4bit(*sizes, bias=bias, compute_dtype=dtype, quant_type="nf4")
         small.weight = type(small.weight)(layer.weight.data, requires_grad=False, **_keywords(kind))

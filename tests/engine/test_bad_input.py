@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine.train
-from engine.models.denoiser import Denoiser
 
 pytestmark = pytest.mark.usefixtures("quick_finish")
 
@@ -96,6 +95,7 @@ WRONG = {
     "teacher beyond its schedule": (["teacher.steps=1001"], "teacher.steps=1001", "between 1 and 1000"),
     "few evaluation samples": (["evaluation.samples=20"], "evaluation.samples=20", "at least 100"),
     "divergence without its order": (["objective.kl_kind=renyi"], "objective.kl_alpha=None", "renyi", "0 and 1"),
+    "more parts than conditions": (["rollout.chunks=5"], "rollout.chunks=5", "rollout.conditions=4"),
     "order without meaning": (["objective={kl_kind: power, kl_alpha: 1}"], "objective.kl_alpha=1", "power", "0 and 1"),
     "offload without partitions": (["zero.offload=optimizer"], "zero.offload=optimizer", "zero.stage >= 1"),
     "parameters with optimizer states only": (
@@ -110,6 +110,28 @@ WRONG = {
         "zero.deepspeed.bf16.enabled",
         "leave it out",
     ),
+    # students of other weights
+    "architecture without cloning": (
+        ["student.architecture={layers_per_block: 2}"],
+        "cloning.iterations=0",
+        "random weights",
+        "such as 1000",
+    ),
+    "architecture and a directory": (
+        ["student.architecture={layers_per_block: 2}", "student.init=/a/student", "cloning.iterations=1"],
+        "student.init=/a/student",
+        "leave one of the two out",
+    ),
+    "entry of no architecture": (
+        ["student.architecture={block_channels: 4}", "cloning.iterations=1"],
+        "student.architecture.block_channels",
+        "UNet2DModel",
+        "block_out_channels",
+    ),
+    "pattern of no parameter": (["student.trainable=attn"], "student.trainable=attn", "none", "conv_in"),
+    "adapters of no layer": (["lora.rank=2", "lora.target=attn"], "lora.target", "'attn'", "time_emb_proj"),
+    "adapters of attention that is not there": (["lora.rank=2"], "lora.target", "UNet2DModel", "time_emb_proj"),
+    "images of another size": (["teacher.resolution=[16, 16]"], "teacher.path", "resolution 16x16", "its own, 8x8"),
     # rewards
     "misspelt reward": (["reward.terms={featur: 1}"], "reward.terms", "'featur'", "'feature'", "class_log_prob"),
     "reward of weight 0": (["reward.terms={pixel: 0}"], "reward.terms", "{'pixel': 0.0}", "feature, class_log_prob"),
@@ -381,96 +403,7 @@ def test_resume_of_the_beginning_of_another_run_is_refused(refused, run):
     assert holds(message, (f"output_dir={run}", "beginning of another run", "seed was 0 and is 5", "new folder"))
 
 
-# ---------------------------------------------------------------------- what goes wrong while a run is going
-
-
-@pytest.fixture
-def stopped(tmp_path, tiny_overrides, capsys):
-    """`stopped(*arguments)`: the error of a run that must stop in an iteration, leaving nothing that looks finished."""
-
-    def run(*arguments: str) -> str:
-        code = engine.train.main([f"output_dir={tmp_path / 'out'}", *tiny_overrides, *arguments])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert code == 2
-        assert len(lines) == 1
-        left = {path.name for path in (tmp_path / "out").iterdir()}
-        assert left & {"student", "summary.json", "samples.png"} == set()
-        assert left >= {"config.yaml", "metrics.jsonl"}
-        return lines[0].removeprefix("error: ")
-
-    return run
-
-
-def after(calls: int, usual, broken):
-    """`usual` for a number of calls, then what `broken` makes of its result."""
-    count = 0
-
-    def function(*arguments, **keywords):
-        nonlocal count
-        count += 1
-        result = usual(*arguments, **keywords)
-        return broken(result) if count > calls else result
-
-    return function
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_reward_that_is_not_finite_stops_the_run(stopped, monkeypatch, value):
-    from engine.rl.rewards import composite
-
-    broken = after(1, composite.pixel_reward, lambda reward: reward.index_fill(0, torch.tensor([3]), value))
-    monkeypatch.setattr(composite, "pixel_reward", broken)
-    message = stopped("reward.terms={pixel: 1}", "evaluation.every=0")
-    assert holds(message, ("iteration 2:", "pixel is not finite for 1 of 16", "optimizer.lr", "metrics.jsonl"))
-
-
-def test_a_held_out_reward_that_is_not_finite_stops_the_run(stopped, monkeypatch):
-    from engine.rl.rewards import composite
-
-    monkeypatch.setattr(composite, "pixel_reward", after(1, composite.pixel_reward, lambda reward: reward * torch.nan))
-    message = stopped("reward.terms={pixel: 1}")
-    assert holds(message, ("iteration 1, on held-out conditions:", "pixel is not finite for 8 of 8", "optimizer.lr"))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(stopped, monkeypatch, tmp_path):
-    from engine import trainer
-
-    broken = after(5, trainer.pair_loss, lambda result: result._replace(loss=result.loss * torch.nan))
-    monkeypatch.setattr(trainer, "pair_loss", broken)
-    # two updates of a micro-batch of 16 pairs: the sixth micro-batch is in iteration 3
-    message = stopped("iterations=4")
-    assert holds(message, ("iteration 3:", "loss is nan", "nothing was updated with it", "optimizer.lr"))
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [1, 2]
-
-
-def test_an_update_that_disagrees_with_the_rollout_stops_the_run(stopped, monkeypatch):
-    predict = Denoiser.predict
-
-    def inexact(self, *arguments, **keywords):
-        prediction, unconditional = predict(self, *arguments, **keywords)
-        if torch.is_grad_enabled():
-            prediction = prediction + 0.01 * torch.randn_like(prediction)
-        return prediction, unconditional
-
-    monkeypatch.setattr(Denoiser, "predict", inexact)
-    message = stopped("train.ratio_tolerance=1e-5")
-    assert holds(message, ("iteration 1:", "|ratio - 1|", "train.ratio_tolerance=1e-05", "Raise the tolerance only"))
-
-
-def test_a_first_rollout_that_cannot_be_scored_again_stops_the_run_before_any_update(stopped, monkeypatch):
-    from engine import trainer
-
-    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: float("inf"))
-    monkeypatch.setattr(trainer, "pair_loss", lambda *arguments, **keywords: pytest.fail("an update was made"))
-    assert holds(stopped("train.ratio_tolerance=0.5"), ("iteration 1:", "is inf", "train.ratio_tolerance=0.5"))
-
-
-def test_a_tolerance_that_was_raised_lets_an_inexact_network_train(tmp_path, tiny_config, monkeypatch):
-    from engine import trainer
-
-    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: 0.1)
-    engine.distill(tiny_config(tmp_path / "run", "train.ratio_tolerance=0.2", "iterations=1"))
+# ---------------------------------------------------------------------- where the message goes
 
 
 @pytest.mark.parametrize(("message", "shown"), [("iteration 3: the loss is nan", True), ("seed=-1", False)])

@@ -80,7 +80,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert_equal(*(weights(folder / "student") for folder in best), "best")
     newest = [checkpoint.existing(folder / "checkpoints")[-1] for folder in (first, second)]
     assert newest[0].name == newest[1].name
-    assert_equal(*(weights(folder) for folder in newest), "averages, baselines and rewards")
+    assert_equal(*(weights(folder) for folder in newest), "checkpoint")
     states = sorted(path.name for path in (newest[0] / "deepspeed").iterdir())
     assert states == sorted(path.name for path in (newest[1] / "deepspeed").iterdir())
     for file in states:

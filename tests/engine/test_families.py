@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine import train
+from engine.export import export
 from engine.run_directory import read_metrics
 
 CLASSES = ("dit",)
@@ -87,6 +88,25 @@ def test_every_family_trains(tiny_pipeline, prompts, tmp_path, quick_finish, fam
     assert summary["student"]["steps"] == 3
     saved = list((tmp_path / "run" / "student").rglob("*.safetensors"))
     assert saved
+
+
+@pytest.mark.parametrize("which", [None, "best"])
+def test_a_lora_student_is_merged_into_a_whole_pipeline(tiny_pipeline, prompts, tmp_path, quick_finish, which):
+    from diffusers import DiffusionPipeline
+
+    directory = tiny_pipeline("sd")
+    more = [*mode("lora", "fp32", 0), "iterations=1", "evaluation.every=1", "ema.decay=0", "optimizer.lr=0.1"]
+    result = engine.distill(engine.load_config(None, arguments("sd", directory, prompts, tmp_path / "run", *more)))
+    export(tmp_path / "run", tmp_path / "merged", which, merge=True)
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged").unet
+    teacher = DiffusionPipeline.from_pretrained(directory).unet
+    x, timestep = torch.randn(2, *result.student.latent_shape), torch.tensor([7, 801])
+    text = {"encoder_hidden_states": torch.randn(2, 5, merged.config.cross_attention_dim)}
+    with torch.no_grad():
+        adapted, _ = result.student.predict(x, timestep, text)
+        found, before = (network(x, timestep, **text).sample for network in (merged, teacher))
+    torch.testing.assert_close(found, adapted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, adapted, rtol=1e-4, atol=1e-4)
 
 
 RUN_ALL = """

@@ -1,4 +1,4 @@
-"""Who predicts: which networks a run holds, what of them is trained, and that a student is written and read as it is."""
+"""Who predicts: which networks a run holds, what of them is trained, and that a written student is read as it is."""
 
 import pytest
 import torch
