@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,3 +269,28 @@ def quick_finish():
             "engine.evaluate.precision_recall_density_coverage", lambda real, fake: dict.fromkeys(metrics, 0.0)
         )
         yield
+
+
+def _files(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, tiny_overrides, capsys):
+    """`refused(*arguments, says=parts)`: a run must fail before it writes anything, with one line of these parts."""
+
+    def run(*arguments: str, says: Iterable[str], output_dir: Path | None = None) -> None:
+        from engine import train
+
+        output_dir, before = output_dir or tmp_path / "out", _files(tmp_path)
+        code = train.main([f"output_dir={output_dir}", *tiny_overrides, *arguments])
+        error = capsys.readouterr().err
+        assert code == 2
+        assert _files(tmp_path) == before
+        lines = [line for line in error.splitlines() if line.strip()]
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        assert "Traceback" not in error
+        missing = [part for part in says if part not in lines[-1]]
+        assert not missing, f"{missing} not in: {lines[-1]}"
+
+    return run

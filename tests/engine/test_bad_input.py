@@ -20,34 +20,6 @@ pytestmark = pytest.mark.usefixtures("quick_finish")
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
-def files(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(tmp_path, tiny_overrides, capsys):
-    """`refused(*arguments)`: the error of a run that must fail before it writes anything."""
-
-    def run(*arguments: str, output_dir: Path | None = None) -> str:
-        output_dir, before = output_dir or tmp_path / "out", files(tmp_path)
-        code = engine.train.main([f"output_dir={output_dir}", *tiny_overrides, *arguments])
-        error = capsys.readouterr().err
-        assert code == 2
-        assert files(tmp_path) == before
-        lines = [line for line in error.splitlines() if line.strip()]
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-        assert "Traceback" not in error
-        return lines[-1].removeprefix("error: ")
-
-    return run
-
-
-def holds(message: str, expected: tuple[str, ...]) -> bool:
-    missing = [part for part in expected if part not in message]
-    assert not missing, f"{missing} not in: {message}"
-    return True
-
-
 # (overrides, what the message must hold: the key, the value, what is allowed)
 WRONG = {
     # keys that do not exist
@@ -131,7 +103,6 @@ WRONG = {
     "pattern of no parameter": (["student.trainable=attn"], "student.trainable=attn", "none", "conv_in"),
     "adapters of no layer": (["lora.rank=2", "lora.target=attn"], "lora.target", "'attn'", "time_emb_proj"),
     "adapters of attention that is not there": (["lora.rank=2"], "lora.target", "UNet2DModel", "time_emb_proj"),
-    "images of another size": (["teacher.resolution=[16, 16]"], "teacher.path", "resolution 16x16", "its own, 8x8"),
     # rewards
     "misspelt reward": (["reward.terms={featur: 1}"], "reward.terms", "'featur'", "'feature'", "class_log_prob"),
     "reward of weight 0": (["reward.terms={pixel: 0}"], "reward.terms", "{'pixel': 0.0}", "feature, class_log_prob"),
@@ -157,7 +128,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_refused_by_name(refused, case):
     overrides, *expected = WRONG[case]
-    assert holds(refused(*overrides), expected)
+    refused(*overrides, says=expected)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +144,8 @@ def test_wrong_input_is_refused_by_name(refused, case):
 def test_a_configuration_file_that_holds_something_else_is_refused(tmp_path, capsys, text, expected):
     (tmp_path / "mine.yaml").write_bytes(text.encode("latin-1"))
     assert engine.train.main(["--config", str(tmp_path / "mine.yaml"), f"output_dir={tmp_path / 'out'}"]) == 2
-    assert holds(capsys.readouterr().err, ("error: ", *expected))
+    error = capsys.readouterr().err
+    assert all(part in error for part in ("error: ", *expected)), error
     assert not (tmp_path / "out").exists()
 
 
@@ -250,7 +222,7 @@ def test_a_damaged_teacher_is_refused_by_what_is_wrong_with_it(refused, tmp_path
     damage, *expected = DAMAGED[case]
     teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     damage(teacher)
-    assert holds(refused(f"teacher.path={teacher}"), ("teacher.", *expected))
+    refused(f"teacher.path={teacher}", says=("teacher.", *expected))
 
 
 @pytest.mark.parametrize("case", ["with cut weights", "with a weight that is not a number"])
@@ -258,27 +230,27 @@ def test_a_damaged_student_is_refused_under_its_own_key(refused, tmp_path, tiny_
     damage, *expected = DAMAGED[case]
     student = shutil.copytree(tiny_teacher, tmp_path / "student")
     damage(student)
-    assert holds(refused(f"student.init={student}"), ("student.init", *expected))
+    refused(f"student.init={student}", says=("student.init", *expected))
 
 
 def test_a_student_of_another_architecture_is_refused(refused, tmp_path, write_teacher):
     from diffusers import DDIMScheduler
 
     student = write_teacher(tmp_path / "student", DDIMScheduler(clip_sample=False), block_out_channels=(8, 32))
-    assert holds(refused(f"student.init={student}"), ("student.init", str(student), "another architecture", "differ"))
+    refused(f"student.init={student}", says=("student.init", str(student), "another architecture", "differ"))
 
 
 def test_a_student_of_another_schedule_is_refused(refused, tiny_flow_teacher, tmp_path, tiny_teacher):
     expected = ("student.init", "another noise schedule", "teacher")
-    assert holds(refused(f"student.init={tiny_flow_teacher}"), expected)
+    refused(f"student.init={tiny_flow_teacher}", says=expected)
     student = shutil.copytree(tiny_teacher, tmp_path / "student")
     change_scheduler(beta_end=0.01)(student)
-    assert holds(refused(f"student.init={student}"), expected)
+    refused(f"student.init={student}", says=expected)
 
 
 def test_the_diffusion_sampler_of_a_flow_teacher_is_refused(refused, tiny_flow_teacher):
     expected = ("policy.kind=ddim", "FlowSchedule", "flow_sde, dance_sde, cps")
-    assert holds(refused(f"teacher.path={tiny_flow_teacher}"), expected)
+    refused(f"teacher.path={tiny_flow_teacher}", says=expected)
 
 
 @pytest.mark.parametrize("change", [{"sample_size": 16}, {"num_class_embeds": 6}])
@@ -287,120 +259,42 @@ def test_digit_rewards_of_a_teacher_of_other_images_are_refused(refused, tmp_pat
     from diffusers import DDIMScheduler
 
     teacher = write_teacher(tmp_path / "teacher", DDIMScheduler(clip_sample=False), **change)
-    message = refused(f"teacher.path={teacher}", f"reward.terms={{{term}: 1}}")
-    assert holds(message, ("reward.terms", term, "10 classes of (1, 8, 8)", "Use pixel"))
+    refused(
+        f"teacher.path={teacher}",
+        f"reward.terms={{{term}: 1}}",
+        says=("reward.terms", term, "10 classes of (1, 8, 8)", "Use pixel"),
+    )
 
 
 def test_wandb_that_is_not_installed_is_refused(refused, monkeypatch):
     usual = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "wandb" else usual(name))
-    assert holds(refused("logging.wandb=true"), ("logging.wandb=true", "not installed", "pip install"))
+    refused("logging.wandb=true", says=("logging.wandb=true", "not installed", "pip install"))
 
 
 def test_an_output_dir_that_holds_something_is_refused_and_kept(refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("unsaved")
     for resume in ("none", "auto"):
-        message = refused(f"resume={resume}", output_dir=tmp_path / "mine")
-        assert holds(message, (f"output_dir={tmp_path / 'mine'}", "not empty", "new folder"))
+        refused(
+            f"resume={resume}",
+            output_dir=tmp_path / "mine",
+            says=(f"output_dir={tmp_path / 'mine'}", "not empty", "new folder"),
+        )
 
 
 def test_an_output_dir_that_is_a_file_or_below_one_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert holds(refused(output_dir=tmp_path / "file"), (f"output_dir={tmp_path / 'file'}", "a file", "new folder"))
-    message = refused(output_dir=tmp_path / "file" / "run")
-    assert holds(message, (f"output_dir={tmp_path / 'file' / 'run'}", "cannot be made", "give a folder"))
+    refused(output_dir=tmp_path / "file", says=(f"output_dir={tmp_path / 'file'}", "a file", "new folder"))
+    refused(
+        output_dir=tmp_path / "file" / "run",
+        says=(f"output_dir={tmp_path / 'file' / 'run'}", "cannot be made", "give a folder"),
+    )
 
 
 def test_a_teacher_cache_that_is_a_file_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert holds(refused(f"teacher.cache={tmp_path / 'file'}"), ("teacher.cache=", "is a file", "give a folder"))
-
-
-# ---------------------------------------------------------------------- resuming
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_config, quick_finish) -> Path:
-    """A finished run of two iterations, to be copied before anything is done with it."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return engine.distill(tiny_config(folder)).output_dir
-
-
-@pytest.fixture
-def run(tmp_path, finished) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
-
-
-def test_a_finished_run_is_refused_without_resume(refused, run):
-    assert holds(refused(output_dir=run), (f"output_dir={run}", "never overwritten", "resume=auto"))
-
-
-def test_resume_from_a_run_without_a_checkpoint_is_refused(refused, run):
-    shutil.rmtree(run / "checkpoints")
-    assert holds(refused(f"resume={run}"), (f"resume={run}", "no complete checkpoint", "auto"))
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "expected"),
-    [
-        ("trainer.json", '{"iteration": 2', "cannot be read"),
-        ("trainer.json", "[]", "has no"),
-        ("trainer.json", "5", "cannot be read"),
-        ("trainer.json", '{"iteration": 2}', "has no best, config"),
-        ("trainer.json", "\udcff", "cannot be read"),
-        ("ema.safetensors", "cut", "cannot be read"),
-        ("baseline.safetensors", "cut", "cannot be read"),
-        ("deepspeed/mp_rank_00_model_states.pt", "cut", "cannot be read"),
-    ],
-)
-def test_resume_from_a_corrupt_checkpoint_is_refused_and_another_is_advised(refused, run, file, text, expected):
-    checkpoint = run / "checkpoints" / "iteration-000002"
-    (checkpoint / file).write_bytes(text.encode(errors="surrogateescape"))
-    message = refused("resume=auto", "iterations=3", output_dir=run)
-    assert holds(message, (str(checkpoint), expected, "resume from another"))
-
-
-def test_resume_without_deepspeed_state_is_refused(refused, run):
-    shutil.rmtree(run / "checkpoints" / "iteration-000002" / "deepspeed")
-    message = refused("resume=auto", "iterations=3", output_dir=run)
-    assert holds(message, ("iteration-000002", "DeepSpeed state", "resume from another"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["objective.kind=ppo"], ("objective.kind was 'grpo' and is 'ppo'",)),
-        (["seed=1"], ("seed was 0 and is 1",)),
-        (["optimizer.lr=2e-3", "policy.eta=0.25"], ("lr was 0.001 and is 0.002", "policy.eta was 0.5 and is 0.25")),
-        (["iterations=1"], ("it is at iteration 2, beyond iterations=1",)),
-    ],
-)  # fmt: skip
-def test_resume_as_another_experiment_is_refused_with_both_values(refused, run, overrides, expected):
-    message = refused("resume=auto", *overrides, output_dir=run)
-    assert holds(message, ("cannot resume", "iteration-000002", "start a new one", *expected))
-
-
-def test_resume_with_changed_teacher_weights_is_refused(tmp_path, refused, tiny_teacher, tiny_config):
-    teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
-    engine.distill(tiny_config(tmp_path / "run", f"teacher.path={teacher}", "iterations=1"))
-    weights = load_file(teacher / UNET)
-    weights["conv_in.bias"][0] += 1e-3
-    save_file(weights, teacher / UNET, metadata={"format": "pt"})
-    message = refused(f"teacher.path={teacher}", "resume=auto", output_dir=tmp_path / "run")
-    assert holds(message, ("cannot resume", "the teacher's weights have changed"))
-
-
-def test_resume_in_place_from_an_older_checkpoint_is_refused(refused, run):
-    older = run / "checkpoints" / "iteration-000001"
-    message = refused(f"resume={older}", output_dir=run)
-    assert holds(message, (f"resume={older}", "not the newest", "new output_dir", "iteration-000002"))
-
-
-def test_resume_of_the_beginning_of_another_run_is_refused(refused, run):
-    shutil.rmtree(run / "checkpoints")
-    message = refused("resume=auto", "seed=5", output_dir=run)
-    assert holds(message, (f"output_dir={run}", "beginning of another run", "seed was 0 and is 5", "new folder"))
+    refused(f"teacher.cache={tmp_path / 'file'}", says=("teacher.cache=", "is a file", "give a folder"))
 
 
 # ---------------------------------------------------------------------- where the message goes
@@ -437,6 +331,6 @@ def test_the_launcher_fails_with_the_message_on_stderr(tmp_path):
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert holds(errors[0], ("teacher.path", "/no/where", "diffusers format"))
+    assert all(part in errors[0] for part in ("teacher.path", "/no/where", "diffusers format")), errors[0]
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []

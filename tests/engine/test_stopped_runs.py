@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_finish")
 
 @pytest.fixture
 def stopped(tmp_path, tiny_overrides, capsys):
-    """`stopped(*arguments, says=parts)`: a run must stop in an iteration, say these parts in its error and leave nothing
+    """`stopped(*arguments, says=parts)`: a run must stop in an iteration with one line of these parts, and leave nothing
     that looks finished."""
 
     def run(*arguments: str, says: tuple[str, ...]) -> None:
