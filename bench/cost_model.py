@@ -117,7 +117,7 @@ def memory_bytes(parameters: int, job: Job, *, weight_bytes: int, copies: dict[s
     """Bytes of weights and states on a rank, activations apart.
 
     Args:
-        copies: name -> bytes a weight of networks that no stage partitions (the teacher, the averaged student, ...).
+        copies: name -> bytes a weight of networks that no stage partitions (the teacher, a reference, ...).
     """
     mixed = weight_bytes < MASTER_BYTES
     shares = {

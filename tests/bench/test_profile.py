@@ -76,6 +76,12 @@ def test_the_command_prints_and_writes_every_phase(tmp_path, capsys):
     assert written["config"]["rollout"]["conditions"] == 4
 
 
+def test_parts_that_overlap_are_refused_by_the_command(capsys):
+    with pytest.raises(SystemExit):
+        profile.main([*SMALL, "rollout.chunks=2"])
+    assert "rollout.chunks=2: parts overlap" in capsys.readouterr().err
+
+
 def test_a_clock_gives_each_phase_its_own_time_without_those_inside_it():
     clock = Clock(lambda: None)
     phases = Phases(clock)

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("quick_finish")
 
 @pytest.fixture
 def stopped(tmp_path, tiny_overrides, capsys):
-    """`stopped(*arguments, says=parts)`: a run must stop in an iteration with one line of these parts, and leave nothing
-    that looks finished."""
+    """`stopped(*arguments, says=parts)`: a run must stop in an iteration with one line of these parts, and nothing that
+    it leaves may look finished."""
 
     def run(*arguments: str, says: tuple[str, ...]) -> None:
         code = engine.train.main([f"output_dir={tmp_path / 'out'}", *tiny_overrides, *arguments])
