@@ -230,6 +230,14 @@ def _start_ranks(commands: list[list[str]], cwd: Path) -> list[subprocess.Popen]
     ]
 
 
+@pytest.fixture(autouse=True)
+def own_linear():
+    """DeepSpeed's stage 3 exchanges `torch.nn.functional.linear` in the whole process, which other tests would meet."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
 @pytest.fixture(scope="session")
 def launch():
     """How tests start several ranks: `start_ranks(commands, cwd)`, `clean_environment()`, `free_port()`."""
