@@ -162,7 +162,8 @@ def carry(counted: dict[str, float], job: Job, tensors: int) -> dict[str, float]
             else:
                 weights += (seconds + latency * message.payload / (2 * BUCKETS[job.stage])) / len(places)
     reward = job.samples * (counted["decode"] + 2 * ASSUMED["encoder"]) / rate
-    memory = memory_bytes(parameters, job, weight_bytes=2, copies={"teacher": 2})  # bf16; the averaged weights are in host memory
+    # the averaged weights are in host memory
+    memory = memory_bytes(parameters, job, weight_bytes=2, copies={"teacher": 2})
     return {
         "network": latents * counted["pass"] / rate,
         "reward": reward,
