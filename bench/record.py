@@ -27,11 +27,11 @@ def machine(device: str) -> dict[str, Any]:
         "processor": _processor(),
         "python": platform.python_version(),
     }
-    for package in ("torch", "triton"):
-        try:
-            result[package] = version(package)
-        except PackageNotFoundError:
-            result[package] = "not installed"
+    result["torch"] = torch.__version__  # with what it was built for, which the package's version may not tell
+    try:
+        result["triton"] = version("triton")
+    except PackageNotFoundError:
+        result["triton"] = "not installed"
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         result |= {"gpu": properties.name, "gpu_memory": properties.total_memory, "cuda": torch.version.cuda}
