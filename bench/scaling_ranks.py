@@ -130,6 +130,7 @@ def main() -> None:
     result = {"ranks": ranks.world_size(), "links": links(rows[0]["parameters"]), "rows": rows}
     if ranks.is_first():
         options.file.write_text(json.dumps(result))
+    ranks.stop()
 
 
 if __name__ == "__main__":

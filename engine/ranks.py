@@ -32,6 +32,13 @@ def start(threads: int | None) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def stop() -> None:
+    """Leave the process group at the end of a process. Left to the interpreter's exit, a thread of gloo sometimes
+    aborts it ("terminate called without an active exception"), and a finished run would be told as a failed one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
     from deepspeed.accelerator import get_accelerator

@@ -47,5 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _run() -> int:
+    code = main()
+    if code == 0:
+        from engine import ranks
+
+        ranks.stop()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())
