@@ -43,7 +43,6 @@ from engine.models.pipelines import Pipeline
 from engine.precision import DTYPES
 from engine.roles import Roles, fit, load_exported, load_teacher
 from engine.run_directory import write_atomically
-from engine.sampling import to_images
 from engine.sources import Source, encode_prompts, load_sources
 
 SHOWN = 10
@@ -103,6 +102,7 @@ class Evaluator:
         self.config, self.device, self._weights = config, device, weights
         self._digits = preflight.is_digits(pipeline.denoiser)
         self._digit_encoder = load_evaluation_encoder().to(device) if self._digits else None
+        self._decode = pipeline.decode
         self._drawing = Drawing(config, pipeline, device, exact=self._digits)
         self._target = Sampler(pipeline.denoiser, config.teacher.steps, config.teacher.guidance)
         self._targets: ImageStore | None = None
@@ -264,7 +264,7 @@ class Evaluator:
     def _reference(self, source: Source) -> dict[str, Tensor]:
         """Features of the set that distances are measured to."""
         if self._digits:
-            return {"digits": self._encode_digits(to_images(digits("all")[0]).to(self.device))}
+            return {"digits": self._encode_digits(self._decode(digits("all")[0]).to(self.device))}
         if self.config.evaluation.real_images is not None:
             return self._encode_real(Path(self.config.evaluation.real_images))
         pool = self._conditions("evaluation reference", source)

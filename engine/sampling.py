@@ -104,8 +104,3 @@ def sample(
         batch_size=batch_size,
     )
     return drawn.final, drawn.passes
-
-
-def to_images(latents: Tensor) -> Tensor:
-    """Latents in [-1, 1] (beyond it: cut) as images (N, C, H, W) in [0, 1], the range of rewards and encoders."""
-    return (latents.float() / 2 + 0.5).clamp(0, 1)

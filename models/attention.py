@@ -122,7 +122,7 @@ def _operator(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
         query = torch.zeros(1, 16, 1, head_size, device=device, dtype=dtype, requires_grad=True)
         name = fmha._dispatch_fw(fmha.Inputs(query, query, query), True).NAME
         memory_efficient_attention(query, query, query).sum().backward()
-    except (ImportError, RuntimeError) as error:  # NotImplementedError, where it has none, is a RuntimeError
+    except (ImportError, RuntimeError) as error:  # what xformers raises where it has no operator is a RuntimeError
         said = " ".join(inspect.cleandoc(str(error)).split())
         raise _NoOperator(f"head size {head_size} in {dtype} on {device.type}: {said[:400]}") from None
     return name

@@ -18,20 +18,6 @@ class LoadingError(ValueError):
     """A directory that is missing, corrupt or of a kind that is not supported, or a request that it cannot meet."""
 
 
-def load_denoiser(directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The denoiser of a pipeline directory; see `load_pipeline`."""
-    from .pipelines import load_pipeline
-
-    return load_pipeline(directory, dtype=dtype).denoiser
-
-
-def save_denoiser(directory: str | Path, network: nn.Module, schedule_of: str | Path) -> None:
-    """Write a network with the other components of a teacher's directory; see `Pipeline.save_student`."""
-    from .pipelines import load_pipeline
-
-    load_pipeline(schedule_of, network=False).save_student(directory, network)
-
-
 def fingerprint(denoiser: Denoiser) -> str:
     """SHA-256 over weights and configuration of a denoiser's network: equal networks, equal fingerprints."""
     digest = hashlib.sha256()

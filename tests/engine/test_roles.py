@@ -219,6 +219,24 @@ def test_a_switch_that_a_network_has_no_use_for_is_refused(configured, tiny_pipe
     assert reason in str(error.value)
 
 
+def test_the_autoencoder_is_held_and_run_as_asked(configured, tiny_pipeline):
+    teacher = (f"teacher.path={tiny_pipeline('dit')}", "teacher.resolution=[16, 16]", "reward.terms={pixel: 1}")
+    decoded = {}
+    for switch in ("precision=fp32", "slicing=true", "tiling=true", "precision=bf16"):
+        config = configured(*teacher, f"vae.{switch}")
+        roles = load_roles(config)
+        fit(roles, config)
+        vae = roles.pipeline.vae
+        assert vae.use_slicing == (switch == "slicing=true")
+        assert vae.use_tiling == (switch == "tiling=true")
+        assert next(vae.parameters()).dtype == (torch.bfloat16 if switch == "precision=bf16" else torch.float32)
+        latents = torch.randn(2, *roles.teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+        decoded[switch] = roles.decode(latents)
+        assert decoded[switch].dtype == torch.float32
+    torch.testing.assert_close(decoded["slicing=true"], decoded["precision=fp32"], rtol=1e-5, atol=1e-5)
+    assert 0 < (decoded["precision=bf16"] - decoded["precision=fp32"]).abs().max() < 0.05
+
+
 def test_gradient_checkpointing_and_channels_last_leave_the_figures_as_they_are(start):
     rows = []
     for switches in ((), ("model.gradient_checkpointing=true",), ("model.channels_last=true",)):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from engine.models.loading import LoadingError, fingerprint, load_denoiser, save_denoiser
+from engine.models.loading import LoadingError, fingerprint
+from engine.models.pipelines import load_pipeline
 from engine.models.schedules import DiffusionSchedule, FlowSchedule
 
 STEPS = 5  # a divisor of 1000: elsewhere stock diffusers steps from "trailing" timesteps to others than the next one
@@ -46,7 +47,7 @@ def teacher(tmp_path, original):
 def with_scheduler(teacher, scheduler):
     shutil.rmtree(teacher / "scheduler")
     scheduler.save_pretrained(teacher / "scheduler")
-    return load_denoiser(teacher)
+    return load_pipeline(teacher).denoiser
 
 
 def batch(denoiser, size=3):
@@ -56,7 +57,7 @@ def batch(denoiser, size=3):
 
 
 def test_a_denoiser_knows_its_shape_and_its_classes(original):
-    denoiser = load_denoiser(original)
+    denoiser = load_pipeline(original).denoiser
     assert denoiser.latent_shape == (2, 6, 4)
     assert denoiser.classes == 5
     assert not denoiser.network.training
@@ -67,22 +68,22 @@ def test_a_denoiser_knows_its_shape_and_its_classes(original):
 def test_a_square_size_is_one_number(teacher):
     path = teacher / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 8}))
-    assert load_denoiser(teacher).latent_shape == (2, 8, 8)
+    assert load_pipeline(teacher).denoiser.latent_shape == (2, 8, 8)
 
 
 def test_a_path_may_be_a_string(original):
-    assert fingerprint(load_denoiser(str(original))) == fingerprint(load_denoiser(original))
+    assert fingerprint(load_pipeline(str(original)).denoiser) == fingerprint(load_pipeline(original).denoiser)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_have_the_asked_dtype(original, dtype):
-    assert {value.dtype for value in load_denoiser(original, dtype=dtype).network.parameters()} == {dtype}
+    assert {value.dtype for value in load_pipeline(original, dtype=dtype).denoiser.network.parameters()} == {dtype}
 
 
 def test_what_is_saved_is_loaded_the_same(tmp_path, original):
-    first = load_denoiser(original)
-    save_denoiser(tmp_path / "new" / "copy", first.network, original)
-    second = load_denoiser(tmp_path / "new" / "copy")
+    first = load_pipeline(original).denoiser
+    load_pipeline(original).save_student(tmp_path / "new" / "copy", first.network)
+    second = load_pipeline(tmp_path / "new" / "copy").denoiser
     weights = second.network.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in first.network.state_dict().items())
     assert fingerprint(first) == fingerprint(second)
@@ -99,8 +100,8 @@ def test_what_is_saved_is_loaded_the_same(tmp_path, original):
 
 def test_saving_keeps_the_schedule_of_the_directory_that_is_named(tmp_path, teacher):
     flow = with_scheduler(teacher, FlowMatchEulerDiscreteScheduler(shift=3.0))
-    save_denoiser(tmp_path / "copy", flow.network, teacher)
-    saved = load_denoiser(tmp_path / "copy")
+    load_pipeline(teacher).save_student(tmp_path / "copy", flow.network)
+    saved = load_pipeline(tmp_path / "copy").denoiser
     assert torch.equal(saved.schedule.sigmas(5), flow.schedule.sigmas(5))
     # diffusers would open it as a DDIMPipeline, and sample a velocity as if it were noise.
     assert not (tmp_path / "copy" / "model_index.json").exists()
@@ -110,14 +111,14 @@ def test_saving_over_something_is_refused(tmp_path, original):
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "mine.txt").write_text("mine")
     with pytest.raises(LoadingError, match="copy is not empty"):
-        save_denoiser(tmp_path / "copy", load_denoiser(original).network, original)
+        load_pipeline(original).save_student(tmp_path / "copy", load_pipeline(original).denoiser.network)
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["mine.txt"]
 
 
 def test_a_fingerprint_changes_with_any_weight(original):
-    denoiser = load_denoiser(original)
+    denoiser = load_pipeline(original).denoiser
     seen = {fingerprint(denoiser)}
-    assert fingerprint(load_denoiser(original)) in seen
+    assert fingerprint(load_pipeline(original).denoiser) in seen
     parameters = list(denoiser.network.parameters())
     for parameter in parameters:
         with torch.no_grad():
@@ -127,15 +128,15 @@ def test_a_fingerprint_changes_with_any_weight(original):
 
 
 def test_a_fingerprint_changes_with_the_configuration_and_the_dtype(teacher):
-    before = fingerprint(load_denoiser(teacher))
+    before = fingerprint(load_pipeline(teacher).denoiser)
     path = teacher / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 1e-3}))
-    after = fingerprint(load_denoiser(teacher))
-    assert len({before, after, fingerprint(load_denoiser(teacher, dtype=torch.bfloat16))}) == 3
+    after = fingerprint(load_pipeline(teacher).denoiser)
+    assert len({before, after, fingerprint(load_pipeline(teacher, dtype=torch.bfloat16).denoiser)}) == 3
 
 
 def test_a_fingerprint_tells_apart_weights_that_changed_places(original):
-    denoiser = load_denoiser(original)
+    denoiser = load_pipeline(original).denoiser
     before = fingerprint(denoiser)
     weights = denoiser.network.state_dict()
     same = [name for name, value in weights.items() if value.shape == weights["mid_block.resnets.0.conv1.weight"].shape]
@@ -149,7 +150,7 @@ def test_a_fingerprint_tells_apart_weights_that_changed_places(original):
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5, 4.0])
 def test_the_guidance_pair_is_two_separate_predictions(original, guidance):
-    denoiser = load_denoiser(original)
+    denoiser = load_pipeline(original).denoiser
     x, timestep, condition = batch(denoiser)
     with torch.no_grad():
         pred, uncond = denoiser.predict(x, timestep, condition, guidance=guidance)
@@ -162,7 +163,7 @@ def test_the_guidance_pair_is_two_separate_predictions(original, guidance):
 
 
 def test_guidance_of_1_is_one_pass_without_the_null_class(original):
-    denoiser = load_denoiser(original)
+    denoiser = load_pipeline(original).denoiser
     calls = []
     denoiser.network.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
     x, timestep, condition = batch(denoiser)
@@ -174,7 +175,7 @@ def test_guidance_of_1_is_one_pass_without_the_null_class(original):
 
 
 def test_latents_are_seen_in_the_dtype_of_the_network(original):
-    denoiser = load_denoiser(original, dtype=torch.bfloat16)
+    denoiser = load_pipeline(original, dtype=torch.bfloat16).denoiser
     x, timestep, condition = batch(denoiser)
     with torch.no_grad():
         assert denoiser.predict(x, timestep, condition)[0].dtype == torch.bfloat16
@@ -194,7 +195,7 @@ def test_a_schedule_that_cuts_is_warned_of_and_exported_as_it_was_sampled(tmp_pa
     with pytest.warns(UserWarning, match=r"clip_sample=true; .* differ from those of the stock scheduler"):
         denoiser = with_scheduler(teacher, DDIMScheduler(clip_sample=True))
     with pytest.warns(UserWarning, match="clip_sample"):
-        save_denoiser(tmp_path / "copy", denoiser.network, teacher)
+        load_pipeline(teacher).save_student(tmp_path / "copy", denoiser.network)
     assert not DDIMScheduler.from_pretrained(tmp_path / "copy", subfolder="scheduler").config.clip_sample
 
 
@@ -237,7 +238,7 @@ def test_a_flow_teacher_has_the_sigmas_of_its_scheduler(teacher):
 
 
 def test_asking_for_other_steps_does_not_change_those_given_before(teacher):
-    schedule = load_denoiser(teacher).schedule
+    schedule = load_pipeline(teacher).denoiser.schedule
     first = schedule.timesteps(5)
     before = first.clone()
     schedule.timesteps(9)
@@ -299,11 +300,11 @@ def cut(folder):
 def test_a_damaged_directory_is_refused_by_what_is_wrong(teacher, damage, message):
     damage(teacher)
     with pytest.raises(LoadingError, match=message) as error:
-        load_denoiser(teacher)
+        load_pipeline(teacher)
     assert str(teacher) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(LoadingError, match="nowhere is not a directory; give one in diffusers format"):
-        load_denoiser(tmp_path / "nowhere")
+        load_pipeline(tmp_path / "nowhere")
