@@ -17,7 +17,7 @@ from engine import ranks, zero
 from engine.errors import EngineError
 from engine.models.denoiser import Condition, Denoiser
 from engine.rl import GaussianPolicy
-from engine.rl.rollout import predict_step
+from engine.rl.rollout import timesteps_of
 from engine.sampling import deterministic_policy
 from engine.trainer import Trainer
 
@@ -87,7 +87,7 @@ def teacher_predictions(
         parts = []
         for rows in batches:
             own = {name: value[rows] for name, value in condition.items()}
-            parts.append(_guided(teacher, policy, x[rows], torch.full_like(rows, step), own, guidance))
+            parts.append(teacher.guided(x[rows], timesteps_of(policy, step, x[rows]), own, guidance=guidance))
         prediction = torch.cat(parts)
         states.append(x)
         predictions.append(prediction)
@@ -103,7 +103,8 @@ def _regress(trainer: Trainer, policy: GaussianPolicy, x: Tensor, target: Tensor
     for part in pairs.tensor_split(trainer.accumulation):
         step, row = part // rows, part % rows
         own = {name: value[row] for name, value in condition.items()}
-        prediction = _guided(trainer.student, policy, x[step, row], step, own, guidance)
+        state = x[step, row]
+        prediction = trainer.student.guided(state, timesteps_of(policy, step, state), own, guidance=guidance)
         loss = F.mse_loss(prediction, target[step, row]) * (len(part) / len(pairs))
         losses.append(loss.detach())
         for role in ("student_forward", "student_backward"):
@@ -115,12 +116,3 @@ def _regress(trainer: Trainer, policy: GaussianPolicy, x: Tensor, target: Tensor
                 raise EngineError(f"cloning: the loss is {total}; lower cloning.lr")
         zero.step(trainer.engine)
     return total
-
-
-def _guided(
-    denoiser: Denoiser, policy: GaussianPolicy, x: Tensor, step: Tensor, condition: Condition, guidance: float
-) -> Tensor:
-    prediction, unconditional = predict_step(denoiser, policy, x, step, condition, guidance)
-    if unconditional is None:
-        return prediction.float()
-    return unconditional.float().lerp(prediction.float(), guidance)

@@ -105,7 +105,15 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterable[str]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
-OPEN_KEYS = ("evaluation.encoders", "reward.terms", "student.architecture", "zero.deepspeed")
+OPEN_KEYS = (
+    "evaluation.encoders",
+    "objective.bands",
+    "objective.joined",
+    "objective.turns",
+    "reward.terms",
+    "student.architecture",
+    "zero.deepspeed",
+)
 """Keys whose value is a mapping of the user's own names."""
 
 

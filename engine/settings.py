@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+from engine.objectives.settings import Objective
+from engine.section import NonNegative, Positive, Section, Weight
 
 
 class Teacher(Section):
@@ -159,32 +153,6 @@ class Advantage(Section):
     """Largest magnitude of an advantage; None: as it is."""
 
 
-class Objective(Section):
-    kind: Literal["grpo", "ppo"] = "grpo"
-    """"grpo": the baseline is the group's mean. "ppo": a running mean of the condition's earlier rewards."""
-    clip_range: Annotated[float, Field(gt=0)] | tuple[Weight, Weight] = 1e-2
-    """Clip range of the ratio, which is of the log-prob averaged over elements; or (low, high)."""
-    kl_coef: Weight = 0.0
-    """Weight of the divergence from the frozen initial student; 0 leaves its forward pass out."""
-    kl_kind: Literal["kl", "renyi", "chi2", "power"] = "kl"
-    """Divergence whose weight is kl_coef."""
-    kl_alpha: float | None = None
-    """Order of the renyi and power divergences."""
-    step_weights: Literal["none", "std"] = "std"
-    """"std": weight a step by its std over the mean std, because the gradient of its log-prob grows as 1/std."""
-    baseline_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """ppo: how much of a condition's running mean is kept when new rewards of it arrive."""
-
-    @model_validator(mode="after")
-    def _order(self) -> Objective:
-        if self.kl_kind in ("renyi", "power") and (self.kl_alpha is None or self.kl_alpha in (0.0, 1.0)):
-            raise ValueError(
-                f"objective.kl_alpha={self.kl_alpha} is not an order of objective.kl_kind={self.kl_kind}; "
-                "set one other than 0 and 1"
-            )
-        return self
-
-
 class Optimizer(Section):
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion", "lion8bit", "paged_lion8bit"] = "adamw"
     """"adamw" (torch), the others of bitsandbytes: 8-bit states; "paged" moves them to host memory when the GPU's is
@@ -212,11 +180,16 @@ class Ema(Section):
 
 class Train(Section):
     micro_batch: Positive = 512
-    """Most (sample, step) pairs in one forward and backward pass of a rank; accumulation follows from it."""
+    """Most examples in one forward and backward pass of a rank: (sample, step) pairs of a rollout, or states of a
+    distillation; accumulation follows from it."""
+    batch_size: Positive = 512
+    """Examples in an optimizer step of a distillation, over all ranks; a rollout has its own number."""
     inner_epochs: Positive = 1
-    """Passes over the (sample, step) pairs of a rollout."""
+    """Passes over the (sample, step) pairs of a rollout. The student takes inner_epochs * updates optimizer steps in an
+    iteration, whatever the objective."""
     updates: Positive = 1
-    """Optimizer steps per inner epoch. With one update and one epoch every step is on-policy and never clipped."""
+    """Optimizer steps of the student per inner epoch. With one update and one epoch every step of a policy gradient is
+    on-policy and never clipped."""
     ratio_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest |ratio - 1| before the first update of an iteration; beyond it training stops. None: in fp32 what
     rounding explains, 1e-6 of the largest |b| / std of a step and at least 1e-5; 0.05 in bf16 and fp16."""
@@ -338,7 +311,7 @@ class Config(Section):
                 f"rollout.conditions={self.rollout.conditions} is more than rollout.pool={self.rollout.pool}; "
                 "an iteration draws its conditions without repetition"
             )
-        if self.objective.kind == "grpo" and self.rollout.group_size < 2:
+        if "grpo" in self.objective.kinds and self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size={self.rollout.group_size} leaves every GRPO advantage at 0; "
                 "give at least 2, or use objective.kind=ppo"

@@ -87,6 +87,13 @@ class Denoiser:
         pred = self._call(torch.cat([x, x]).to(dtype), torch.cat([timestep, timestep]), both, guidance)
         return tuple(pred.chunk(2))
 
+    def guided(self, x: Tensor, timestep: Tensor, condition: Condition, *, guidance: float = 1.0) -> Tensor:
+        """The guided prediction f_u + w (f_c - f_u), (B, C, H, W) fp32; arguments as `predict`'s."""
+        prediction, unconditional = self.predict(x, timestep, condition, guidance=guidance)
+        if unconditional is None:
+            return prediction.float()
+        return unconditional.float().lerp(prediction.float(), guidance)
+
     def passes(self, guidance: float) -> int:
         """Network evaluations that one latent costs at one step."""
         return 1 if guidance == 1.0 or self.guidance_kind != "classifier_free" else 2

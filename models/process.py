@@ -6,7 +6,6 @@ converted here and nowhere else. Tensors keep their dtype; the coefficients are 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .schedules import DiffusionSchedule, Schedule

@@ -9,7 +9,7 @@ from engine.kernels import PolicyLoss, policy_loss
 from engine.models.denoiser import Condition, Denoiser
 
 from .policies import GaussianPolicy
-from .rollout import Trajectory, coefficients, predict_step, take
+from .rollout import Trajectory, coefficients, predict_step, take, timesteps_of
 
 
 def step_weights(policy: GaussianPolicy, kind: str) -> Tensor | None:
@@ -60,9 +60,7 @@ def pair_loss(
     pred_ref = None
     if kl_coef:
         with torch.no_grad():
-            pred_ref, ref_uncond = predict_step(reference, policy, x, step, rows, guidance)
-            if ref_uncond is not None:
-                pred_ref = ref_uncond.float().lerp(pred_ref.float(), guidance)
+            pred_ref = reference.guided(x, timesteps_of(policy, step, x), rows, guidance=guidance)
     return policy_loss(
         x,
         trajectory.next_latents[pairs],

@@ -101,9 +101,13 @@ def predict_step(
     Args:
         step: a step index, or (B,) int64 indices.
     """
+    return denoiser.predict(x, timesteps_of(policy, step, x), condition, guidance=guidance)
+
+
+def timesteps_of(policy: GaussianPolicy, step: int | Tensor, x: Tensor) -> Tensor:
+    """What the network is conditioned on at policy steps, one for each of the latents x (B, ...): (B,)."""
     timesteps = policy.timesteps.float() if policy.timesteps.is_floating_point() else policy.timesteps
-    step = torch.as_tensor(step, device=x.device).expand(len(x))
-    return denoiser.predict(x, timesteps.to(x.device)[step], condition, guidance=guidance)
+    return timesteps.to(x.device)[torch.as_tensor(step, device=x.device).expand(len(x))]
 
 
 def coefficients(policy: GaussianPolicy, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
