@@ -23,20 +23,21 @@ import torch
 from torch import Tensor
 
 from engine import distill, load_config
+from engine.collector import Batch
 from engine.conditions import seed_of
+from engine.objectives.policy_gradient import PolicyGradient
 from engine.run_directory import write_atomically
-from engine.trainer import Trainer
 
 FIGURES = ("fd", "precision", "recall", "density", "coverage", "class_accuracy", "paired_cosine")
 
 
 def shuffled_advantages(advantages: Any) -> Any:
-    """`Trainer.advantages`, its result permuted inside each group."""
+    """`PolicyGradient.advantages`, its result permuted inside each group."""
 
-    def shuffle(trainer: Trainer, *arguments: Any) -> Tensor:
-        advantage = advantages(trainer, *arguments)
-        size = trainer.config.rollout.group_size
-        generator = torch.Generator().manual_seed(seed_of("control", trainer.config.seed, trainer.iteration))
+    def shuffle(objective: PolicyGradient, rewards: Tensor, batch: Batch) -> Tensor:
+        config = objective.context.config
+        advantage, size = advantages(objective, rewards, batch), config.rollout.group_size
+        generator = torch.Generator().manual_seed(seed_of("control", config.seed, batch.iteration))
         groups = advantage.view(-1, size)
         order = torch.stack([torch.randperm(size, generator=generator) for _ in groups])
         return groups.gather(1, order.to(groups.device)).flatten()
@@ -46,7 +47,7 @@ def shuffled_advantages(advantages: Any) -> Any:
 
 def run(seeds: Sequence[int], overrides: Sequence[str], *, shuffle: bool) -> list[dict[str, Any]]:
     """Summaries of one run per seed."""
-    control = mock.patch.object(Trainer, "advantages", shuffled_advantages(Trainer.advantages))
+    control = mock.patch.object(PolicyGradient, "advantages", shuffled_advantages(PolicyGradient.advantages))
     summaries = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:

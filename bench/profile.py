@@ -34,6 +34,7 @@ from bench.record import machine, write_json
 from bench.watch import Clock, Phases, Watch
 from engine import Config, load_config, preflight, ranks
 from engine.chatter import silence
+from engine.models.denoiser import Denoiser
 from engine.roles import fit, load_roles
 from engine.sources import encode_prompts, load_sources
 from engine.trainer import Trainer
@@ -78,12 +79,12 @@ def phased(trainer: Trainer, phases: Phases, passes: Tally[str]) -> Iterator[Non
 
         return call
 
-    def counted(predict: Callable, in_update: bool) -> Callable:
+    def counted(predict: Callable) -> Callable:
         @wraps(predict)
-        def call(denoiser: Any, policy: Any, x: Any, step: Any, condition: Any, guidance: float) -> Any:
-            phase = "reference forward" if denoiser is trainer.reference else "student forward"
-            with phases.inside(phase) if in_update else nullcontext():
-                predictions = predict(denoiser, policy, x, step, condition, guidance)
+        def call(denoiser: Any, x: Any, timestep: Any, condition: Any, *, guidance: float = 1.0) -> Any:
+            role = "reference" if denoiser is trainer.reference else "student"
+            with phases.inside(f"{role} forward") if phases.current == "loss" else nullcontext():
+                predictions = predict(denoiser, x, timestep, condition, guidance=guidance)
                 passes[phases.current] += len(x) * denoiser.passes(guidance)
             if predictions[0].requires_grad:
                 passes["student backward"] += len(x) * denoiser.passes(guidance)
@@ -97,7 +98,7 @@ def phased(trainer: Trainer, phases: Phases, passes: Tally[str]) -> Iterator[Non
         (trainer.collector, "teacher_latents", "teacher"),
         (trainer.collector, "roll_out", "rollout"),
         (trainer.collector, "score", "reward"),
-        (trainer, "rewards", "reward"),
+        (trainer.objective, "rewards", "reward"),
         (trainer, "update", "update"),
         (trainer.averaged, "follow", "average"),
         (trainer.engine, "backward", "loss"),
@@ -105,10 +106,12 @@ def phased(trainer: Trainer, phases: Phases, passes: Tally[str]) -> Iterator[Non
     with ExitStack() as stack:
         for owner, name, phase in replaced:
             stack.enter_context(mock.patch.object(owner, name, named(phase, getattr(owner, name))))
-        for target, phase in (("engine.trainer.pair_loss", "loss"), ("engine.trainer.zero.step", "optimizer step")):
+        for target, phase in (
+            ("engine.objectives.policy_gradient.pair_loss", "loss"),
+            ("engine.zero.step", "optimizer step"),
+        ):
             stack.enter_context(mock.patch(target, named(phase, resolve_name(target))))
-        for target, in_update in (("engine.rl.rollout.predict_step", False), ("engine.rl.losses.predict_step", True)):
-            stack.enter_context(mock.patch(target, counted(resolve_name(target), in_update)))
+        stack.enter_context(mock.patch.object(Denoiser, "predict", counted(Denoiser.predict)))
         yield
 
 
@@ -122,7 +125,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
         places: where the host reads are, with their phase and number in an iteration.
         passes: role -> network passes, by the trainer's own account.
     """
-    cycle = len(trainer.policies)
+    cycle = len(trainer.objective.policies)
     trainer.train_iteration()
     rows = [trainer.train_iteration() for _ in range(cycle)]
     clock, passes = Clock(ranks.synchronize), Tally()

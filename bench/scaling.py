@@ -76,7 +76,7 @@ def resized_teacher(folder: Path, side: int) -> Path:
 
 def measure_point(trainer: Trainer) -> dict[str, Any]:
     """Measured and predicted seconds of an iteration: the mean over the first, the middle and the last window."""
-    config, cycle = trainer.config, len(trainer.policies)
+    config, cycle = trainer.config, len(trainer.objective.policies)
     teacher_steps = config.teacher.steps if config.rollout.pool > config.rollout.conditions else 0
     trainer.train_iteration()
     places = sorted({0, cycle // 2, cycle - 1})
@@ -94,7 +94,7 @@ def measure_point(trainer: Trainer) -> dict[str, Any]:
 
 
 def _job(trainer: Trainer, place: int) -> Job:
-    noisy = trainer.policies[place].stochastic
+    noisy = trainer.objective.policies[place].stochastic
     return as_job(trainer.config, prefix=int(noisy.int().argmax()), window=int(noisy.sum()))
 
 
@@ -102,7 +102,7 @@ def _iteration(trainer: Trainer, place: int, job: Job) -> dict[str, float]:
     """Processor seconds by phase of the fastest of several iterations with the same window."""
     fastest = None
     for repeat in range(1, REPEATS + 1):
-        trainer.iteration = place + repeat * len(trainer.policies)
+        trainer.iteration = place + repeat * len(trainer.objective.policies)
         clock = Clock(lambda: None, time.process_time)
         phases = Phases(clock)
         with phased(trainer, phases, Tally()):

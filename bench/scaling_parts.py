@@ -33,7 +33,7 @@ class Parts:
     """
 
     def __init__(self, trainer: Trainer, jobs: Iterable[Job], now: Callable[[], float]) -> None:
-        policy, shape = trainer.policies[0], trainer.pool.latent_shape
+        policy, shape = trainer.objective.policies[0], trainer.pool.latent_shape
         plain = trainer.student.with_network(trainer.engine.module)
         self.now = now
 

@@ -65,7 +65,7 @@ def iteration_seconds(trainer: Trainer) -> float:
     """The fastest of several iterations whose window is the first one."""
 
     def iterate() -> None:
-        trainer.iteration = len(trainer.policies)
+        trainer.iteration = len(trainer.objective.policies)
         trainer.train_iteration()
 
     return least(iterate)

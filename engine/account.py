@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,19 +12,24 @@ import torch
 from engine import ranks
 
 ROLES = ("teacher", "student_forward", "student_backward", "reference", "evaluation")
-"""Who evaluates a network; a pass is one evaluation of one latent, so it costs the same on any machine and batch."""
+"""Who evaluates a network in every run; a pass is one evaluation of one latent, so it costs the same on any machine and
+in any batch."""
 
 
 class Account:
     """Passes of all ranks and seconds of this one, since the start of the run.
+
+    Args:
+        more: whose passes are counted beside those of ROLES.
 
     Attributes:
         passes: role -> network evaluations of one latent; this rank's own until `settle` adds the others'.
         seconds: phase -> wall-clock seconds.
     """
 
-    def __init__(self) -> None:
-        self.passes: Counter[str] = Counter(dict.fromkeys(ROLES, 0))
+    def __init__(self, more: Iterable[str] = ()) -> None:
+        self._roles = (*ROLES, *dict.fromkeys(more))
+        self.passes: Counter[str] = Counter(dict.fromkeys(self._roles, 0))
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def restore(self, passes: Mapping[str, int], seconds: Mapping[str, float]) -> None:
@@ -42,8 +47,8 @@ class Account:
         added: dict[str, float] = {}
         yield added
         # Not by the sum of counters, which drops every role that stands at 0.
-        own = torch.tensor([[self.passes[role] - passes[role] for role in ROLES]])
-        for role, count in zip(ROLES, ranks.gather(own).sum(0).tolist(), strict=True):
+        own = torch.tensor([[self.passes[role] - passes[role] for role in self._roles]])
+        for role, count in zip(self._roles, ranks.gather(own).sum(0).tolist(), strict=True):
             self.passes[role] = passes[role] + count
             added[f"passes/{role}"] = count
         added |= {f"time/{phase}": total - seconds.get(phase, 0.0) for phase, total in self.seconds.items()}

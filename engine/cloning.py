@@ -7,6 +7,7 @@ makes there, guidance included (ReDiF, arXiv 2512.22802, section 3: the student'
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,13 +36,8 @@ def clone(trainer: Trainer, teacher: Denoiser) -> list[float]:
     """
     config, account = trainer.config, trainer.account
     steps, policy = config.cloning.iterations, deterministic_policy(teacher, config.student.steps)
-    pairs = trainer.micro_batch * trainer.accumulation
+    pairs = trainer.examples
     count = min(math.ceil(pairs / config.student.steps) * ranks.world_size(), trainer.pool.size)
-    if count // ranks.world_size() * config.student.steps < trainer.accumulation:
-        raise EngineError(
-            f"rollout.pool={trainer.pool.size} has too few conditions for the {trainer.accumulation} micro-batches of "
-            "a step of cloning; give a larger pool, or a larger train.micro_batch"
-        )
     losses = []
     with account.settled(), account.timed("cloning"):
         for step in tqdm(range(steps), desc="cloning", disable=not ranks.is_first(), dynamic_ncols=True):
@@ -98,9 +94,10 @@ def teacher_predictions(
 
 def _regress(trainer: Trainer, policy: GaussianPolicy, x: Tensor, target: Tensor, condition: Condition) -> float:
     guidance, rows = trainer.config.student.guidance, x.shape[1]
-    pairs = torch.arange(policy.a.numel() * rows, device=x.device)[: trainer.micro_batch * trainer.accumulation]
-    losses = []
-    for part in pairs.tensor_split(trainer.accumulation):
+    pairs = torch.arange(policy.a.numel() * rows, device=x.device)[: trainer.examples]
+    losses: list[Tensor] = []
+
+    def propagated(part: Tensor) -> Tensor:
         step, row = part // rows, part % rows
         own = {name: value[row] for name, value in condition.items()}
         state = x[step, row]
@@ -109,10 +106,13 @@ def _regress(trainer: Trainer, policy: GaussianPolicy, x: Tensor, target: Tensor
         losses.append(loss.detach())
         for role in ("student_forward", "student_backward"):
             trainer.account.passes[role] += len(part) * trainer.student.passes(guidance)
-        trainer.engine.backward(loss * trainer.accumulation)
-        if len(losses) == trainer.accumulation:
-            total = float(ranks.gather(torch.stack(losses).double().sum().view(1)).mean())
-            if not math.isfinite(total):
-                raise EngineError(f"cloning: the loss is {total}; lower cloning.lr")
-        zero.step(trainer.engine)
-    return total
+        return loss
+
+    def look() -> None:
+        total = float(ranks.gather(torch.stack(losses).double().sum().view(1)).mean())
+        if not math.isfinite(total):
+            raise EngineError(f"cloning: the loss is {total}; lower cloning.lr")
+        losses[:] = [total]
+
+    trainer.learner.step([partial(propagated, part) for part in pairs.split(trainer.config.train.micro_batch)], look)
+    return losses[0]

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from engine import checkpoint, cloning, preflight, ranks, report
 from engine.conditions import Source
 from engine.config import Config, load_config
+from engine.drawing import DPM
 from engine.evaluate import Evaluator, gap_closed
 from engine.evaluation_checks import check_evaluation
 from engine.models.denoiser import Denoiser
@@ -109,7 +110,6 @@ def _plan_memory(config: Config) -> None:
 
 def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Roles) -> None:
     config, checkpoints = trainer.config, folder / "checkpoints"
-    samples = config.rollout.conditions * config.rollout.group_size
     with tqdm(
         total=config.iterations, initial=trainer.iteration, disable=run is None, unit="iteration", dynamic_ncols=True
     ) as progress:
@@ -126,12 +126,7 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Role
                     )
             if run is not None:
                 run.log(row)
-            progress.set_postfix(
-                reward=f"{row['reward/mean']:.4f}",
-                ratio_error=f"{row['ratio/first_pass_error']:.1e}",
-                samples_per_s=f"{samples / row['time/iteration']:.0f}",
-                refresh=False,
-            )
+            progress.set_postfix(_shown(row), refresh=False)
             progress.update()
             trainer.account.seconds["total"] += time.perf_counter() - clock
             if last or (config.checkpoint.every and trainer.iteration % config.checkpoint.every == 0):
@@ -141,6 +136,14 @@ def _train(trainer: Trainer, run: RunDirectory | None, folder: Path, roles: Role
                     config.checkpoint.keep,
                     lambda path: trainer.save(path, roles.weights),
                 )
+
+
+def _shown(row: dict[str, float]) -> dict[str, str]:
+    """What the progress bar says of an iteration."""
+    shown = {"loss": f"{row['loss/loss']:.3g}"}
+    if "reward/mean" in row:
+        shown = {"reward": f"{row['reward/mean']:.4f}", "ratio_error": f"{row['ratio/first_pass_error']:.1e}"}
+    return shown
 
 
 def _finish(
@@ -154,13 +157,15 @@ def _finish(
     few_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance)
     dpm_row = None
     if config.evaluation.dpm:
-        dpm_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance, dpm=True)
+        dpm_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance, kind=DPM)
     with trainer.averaged.installed():
         own = _fingerprint(trainer) if config.evaluation.store else None
-        student_row = evaluator.row(trainer.student, config.student.steps, guidance=guidance, weights=own)
-        noisy_row = evaluator.row(
-            trainer.student, config.student.steps, guidance=guidance, eta=config.policy.eta, weights=own
-        )
+        student_row = evaluator.student_row(trainer.student, weights=own)
+        noisy_row = None
+        if config.objective.rewarded:
+            noisy_row = evaluator.row(
+                trainer.student, config.student.steps, guidance=guidance, eta=config.policy.eta, weights=own
+            )
     seconds = dict(trainer.account.seconds)
     seconds["evaluation"] = time.perf_counter() - clock
     seconds["total"] += seconds["evaluation"]
@@ -168,7 +173,7 @@ def _finish(
         "teacher": teacher_row.metrics,
         "teacher_few_steps": few_row.metrics,
         "student": student_row.metrics,
-        "student_training_eta": noisy_row.metrics,
+        **({} if noisy_row is None else {"student_training_eta": noisy_row.metrics}),
         **({} if dpm_row is None else {"teacher_few_steps_dpm": dpm_row.metrics}),
         "gap_closed": gap_closed(teacher_row.metrics, few_row.metrics, student_row.metrics),
         "evaluation_samples": config.evaluation.samples,

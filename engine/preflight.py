@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.models.denoiser import Denoiser, check_guidance
 from engine.models.digits import load_reward_encoder
 from engine.models.loading import LoadingError
+from engine.objectives.settings import REWARDED
 from engine.rl.rewards import CompositeReward, RewardError, make_reward
 from engine.roles import Roles
 from engine.sampling import deterministic_policy, make_policy
@@ -124,16 +125,26 @@ def _schedules(config: Config, teacher: Denoiser, student: Denoiser) -> None:
 
 
 def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
+    if config.evaluation.held_out < world_size:
+        raise EngineError(
+            f"evaluation.held_out={config.evaluation.held_out} is fewer than the {world_size} ranks; "
+            "each draws a share of them"
+        )
+    if config.objective.rewarded:
+        _rollout(config, student, world_size)
+    if set(config.objective.kinds) - set(REWARDED) and config.train.batch_size % world_size:
+        raise EngineError(
+            f"train.batch_size={config.train.batch_size} is not a multiple of the {world_size} ranks; "
+            "each takes an equal share"
+        )
+
+
+def _rollout(config: Config, student: Denoiser, world_size: int) -> None:
     rollout, train = config.rollout, config.train
     if rollout.conditions % world_size:
         raise EngineError(
             f"rollout.conditions={rollout.conditions} is not a multiple of the {world_size} ranks; "
             "whole groups stay on one rank"
-        )
-    if config.evaluation.held_out < world_size:
-        raise EngineError(
-            f"evaluation.held_out={config.evaluation.held_out} is fewer than the {world_size} ranks; "
-            "each draws a share of them"
         )
     try:
         policy = make_policy(student, config.policy.kind, config.student.steps, config.policy.eta)

@@ -22,6 +22,7 @@ CURVES = (
     "reward/mean",
     "reward/held_out_eta0",
     "evaluation/fd",
+    "loss/loss",
     "ratio/first_pass_error",
     "advantage/std",
     "reward/within_group_std",

@@ -116,11 +116,11 @@ def initialize(config: Config, network: nn.Module, *, micro_batch: int, accumula
     return engine
 
 
-def learning_rate(config: Config, iteration: int) -> float:
-    """The learning rate of an iteration, counted from 0: optimizer.lr, falling to its final_lr share as scheduled."""
+def learning_rate_share(config: Config, iteration: int) -> float:
+    """The share of optimizer.lr in an iteration, counted from 0: from 1 to final_lr, as scheduled."""
     settings, progress = config.optimizer, iteration / max(1, config.iterations - 1)
     falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule])
+    return settings.final_lr + (1 - settings.final_lr) * falling[settings.schedule]
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

@@ -33,7 +33,7 @@ from engine.config import Config
 from engine.models.denoiser import Denoiser
 from engine.rl.rewards import CompositeReward
 from engine.sources import Classes
-from engine.zero import learning_rate, make_optimizer
+from engine.zero import learning_rate_share, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class PlainLoop:
         """Clipped policy loss, step by step over each update's samples, and one optimizer step an update."""
         config, clip = self.config, self.recipe.clip_range
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.iteration)
+            group["lr"] = config.optimizer.lr * learning_rate_share(config, self.iteration)
         order = torch.randperm(len(rows), generator=self.generator, device=self.device)
         for samples in order.chunk(self.recipe.updates):
             for step, scored in old.items():

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine import ranks
 from engine.models.denoiser import Condition, Denoiser
 
 if TYPE_CHECKING:
     from engine.account import Account
-    from engine.collector import Decode
+    from engine.collector import Collector, Decode
     from engine.conditions import ConditionPool
     from engine.config import Config
     from engine.models.pipelines import Pipeline
@@ -105,6 +106,7 @@ class Context:
         targets: the teacher's final latents.
         reward: scores images against the teacher's.
         decode: latents to images in [0, 1].
+        collector: rolls out by a policy and scores; what policy optimisation learns from.
         account: of passes and seconds.
         device: of this rank.
         band: share of the noise levels that the objective acts on, 0 the image and 1 pure noise.
@@ -120,6 +122,7 @@ class Context:
     targets: TeacherCache
     reward: CompositeReward
     decode: Decode
+    collector: Collector
     account: Account
     device: torch.device
     band: tuple[float, float] = (0.0, 1.0)
@@ -142,6 +145,14 @@ class Objective:
         """The networks it needs beside teacher and student, by name."""
         return {}
 
+    @staticmethod
+    def examples(config: Config, student: Denoiser) -> int:
+        """Examples of a rank in one optimizer step of the student."""
+        return config.train.batch_size // ranks.world_size()
+
+    def start(self) -> None:
+        """Once in a run that starts anew, when the student's initial weights stand; a resumed run loads its state."""
+
     def begin(self, iteration: int) -> dict[str, float]:
         """Before the optimizer steps of an iteration, counted from 0.
 
@@ -154,9 +165,8 @@ class Objective:
         """The roles whose optimizers are stepped before each step of the student's, in order; always the same."""
         return ()
 
-    @torch.no_grad()
     def draw(self, role: str, number: int) -> Examples:
-        """What one optimizer step of a role is computed from.
+        """What one optimizer step of a role is computed from; called without gradients.
 
         Args:
             role: "student" or one of its own.

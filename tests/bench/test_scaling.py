@@ -27,8 +27,8 @@ TINY = ("rollout.conditions=4", "rollout.group_size=4", "rollout.pool=4", "teach
 def test_predicted_calls_and_passes_are_those_of_the_trainer(tmp_path, overrides):
     trainer = make_trainer(load_config(None, [*TINY, *overrides]), tmp_path)
     trainer.train_iteration()  # the first one checks its ratios, which is counted too
-    for place, policy in enumerate(trainer.policies):
-        trainer.iteration = len(trainer.policies) + place
+    for place, policy in enumerate(trainer.objective.policies):
+        trainer.iteration = len(trainer.objective.policies) + place
         seen = []
         hook = trainer.engine.module.register_forward_pre_hook(
             lambda module, inputs, seen=seen: seen.append(len(inputs[0]))

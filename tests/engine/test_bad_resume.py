@@ -43,7 +43,7 @@ def test_resume_from_a_run_without_a_checkpoint_is_refused(refused, run):
         ("trainer.json", '{"iteration": 2}', "has no best, config"),
         ("trainer.json", "\udcff", "cannot be read"),
         ("ema.safetensors", "cut", "cannot be read"),
-        ("baseline.safetensors", "cut", "cannot be read"),
+        ("grpo.safetensors", "cut", "cannot be read"),
         ("deepspeed/mp_rank_00_model_states.pt", "cut", "cannot be read"),
     ],
 )

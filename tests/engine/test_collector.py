@@ -26,7 +26,7 @@ def mixture(images, targets, asked):
 
 def test_a_sample_is_scored_with_the_target_and_the_class_of_its_own_condition(start):
     trainer = start(*UNEVEN, reward=mixture)
-    collector, samples = trainer.collector, trainer.collector.collect(0, trainer.policies[0])
+    collector, samples = trainer.collector, trainer.collector.collect(0, trainer.objective.policies[0])
     batch = samples.batch
     assert batch.indices.tolist() == collector.pool.draw(7, iteration=0).tolist()
     latents = collector.targets.targets(collector.pool, batch.indices, collector.device)
@@ -44,7 +44,7 @@ def test_a_sample_is_scored_with_the_target_and_the_class_of_its_own_condition(s
 def test_pairing_decides_whether_a_group_starts_from_the_noise_of_the_teacher(start, pairing):
     trainer = start(f"rollout.pairing={pairing}")
     batch = trainer.collector.draw_conditions(0)
-    trajectory = trainer.collector.roll_out(batch, trainer.policies[0])
+    trajectory = trainer.collector.roll_out(batch, trainer.objective.policies[0])
     initial = trajectory.latents[trajectory.step == 0].view(4, 4, -1)  # conditions x samples of a group
     teachers = trainer.pool.initial_noise(batch.indices).view(4, 1, -1)
     if pairing == "noise":
@@ -56,7 +56,7 @@ def test_pairing_decides_whether_a_group_starts_from_the_noise_of_the_teacher(st
 
 def test_noise_differs_between_samples_steps_and_iterations(start):
     trainer = start()
-    policy, rows = trainer.policies[0], []
+    policy, rows = trainer.objective.policies[0], []
     for iteration in range(2):
         batch = trainer.collector.draw_conditions(iteration)
         drawn = trainer.collector.roll_out(batch, policy)
@@ -80,7 +80,7 @@ def test_parts_draw_the_same_samples_and_rewards_in_the_same_order(start, pairin
     drawn = {}
     for chunks in (1, PARTS):
         trainer = start(*UNEVEN, f"rollout.chunks={chunks}", f"rollout.pairing={pairing}", reward=mixture)
-        drawn[chunks] = trainer.collector.collect(0, trainer.policies[0])
+        drawn[chunks] = trainer.collector.collect(0, trainer.objective.policies[0])
         assert trainer.account.passes["student_forward"] == drawn[chunks].trajectory.passes
     whole, parts = drawn[1].trajectory, drawn[PARTS].trajectory
     assert parts.passes == whole.passes
@@ -197,7 +197,7 @@ def test_a_group_of_text_conditions_is_stored_once_and_rewards_read_its_prompts(
     )
     batch = trainer.collector.draw_conditions(0)
     assert all(len(value) == 3 for value in batch.condition.values())
-    samples = trainer.collector.collect(0, trainer.policies[0])
+    samples = trainer.collector.collect(0, trainer.objective.policies[0])
     expected = [prompt for prompt in trainer.pool.asked(batch.indices)["prompt"] for _ in range(4)]
     assert [prompt for part in sorted(asked_for, key=len, reverse=True) for prompt in part] == expected
     assert samples.terms["length"].tolist() == [len(prompt) for prompt in expected]

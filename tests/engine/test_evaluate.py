@@ -134,7 +134,7 @@ def test_pairs_are_compared_with_the_teacher_s_image_of_the_same_noise(start):
 def test_the_dpm_row_is_drawn_by_dpm_solver_from_the_same_noise(start):
     evaluator = start()
     teacher = evaluator.pipeline.denoiser
-    row = evaluator.row(teacher, FEW, guidance=2.0, dpm=True)
+    row = evaluator.row(teacher, FEW, guidance=2.0, kind="dpmsolver++")
     pool = evaluator._pool
     indices = torch.arange(10)
     latents, _ = dpm_sample(
@@ -203,7 +203,7 @@ def test_passes_count_every_drawing_once(start):
     evaluator.row(teacher, FEW, guidance=2.0)
     assert evaluator.passes == SAMPLES * (2 * STEPS + FEW) * guided
     evaluator.row(teacher, FEW, guidance=1.0)
-    evaluator.row(moved(teacher), FEW, guidance=2.0, dpm=True)
+    evaluator.row(moved(teacher), FEW, guidance=2.0, kind="dpmsolver++")
     assert evaluator.passes == SAMPLES * (2 * STEPS + 2 * FEW) * guided + SAMPLES * FEW
 
 
@@ -326,7 +326,7 @@ def test_a_finished_text_run_is_evaluated_from_its_directory(start, tmp_path, ca
     rows = {
         "student": evaluator.row(student, FEW, guidance=config.student.guidance),
         "teacher": evaluator.row(teacher, FEW, guidance=config.teacher.guidance),
-        "teacher_dpm": evaluator.row(teacher, FEW, guidance=config.teacher.guidance, dpm=True),
+        "teacher_dpm": evaluator.row(teacher, FEW, guidance=config.teacher.guidance, kind="dpmsolver++"),
     }
     for name, row in rows.items():
         assert result["by_steps"][1][name]["fd"] == pytest.approx(row.metrics["fd"], rel=1e-4), name

@@ -84,11 +84,11 @@ def test_3_groups_hold_one_condition_so_a_reward_of_the_condition_alone_teaches_
 
 def test_3_samples_are_compared_with_the_teachers_image_of_their_own_condition(start):
     trainer = start("reward.terms={pixel: 1}")
-    samples = trainer.collector.collect(0, trainer.policies[0])
+    samples = trainer.collector.collect(0, trainer.objective.policies[0])
     latents = trainer.collector.teacher_latents(trainer.pool, samples.batch.indices)
     images, targets = ((x / 2 + 0.5).clamp(0, 1) for x in (samples.trajectory.final, latents))
     expected = [-((images[i] - targets[i // 4]) ** 2).mean().item() for i in range(16)]
-    rewards, _ = trainer.rewards(samples)
+    rewards, _ = trainer.objective.rewards(samples)
     assert rewards.tolist() == pytest.approx(expected, rel=1e-5)
     assert trainer.train_iteration()["reward/mean"] == pytest.approx(sum(expected) / 16, rel=1e-5)
 
@@ -142,7 +142,7 @@ def test_7_the_encoder_sees_both_sides_alike(start):
     )
     batch = collector.draw_conditions(0)
     latents = collector.teacher_latents(trainer.pool, batch.indices)
-    final = collector.roll_out(batch, trainer.policies[0]).final
+    final = collector.roll_out(batch, trainer.objective.policies[0]).final
     collector.score(final, latents, trainer.pool, batch.indices)
     students, teachers = seen
     assert students.dtype == teachers.dtype == torch.float32

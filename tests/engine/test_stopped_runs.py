@@ -67,10 +67,10 @@ def test_a_held_out_reward_that_is_not_finite_stops_the_run(stopped, monkeypatch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(stopped, monkeypatch, tmp_path):
-    from engine import trainer
+    from engine.objectives import policy_gradient
 
-    broken = after(5, trainer.pair_loss, lambda result: result._replace(loss=result.loss * torch.nan))
-    monkeypatch.setattr(trainer, "pair_loss", broken)
+    broken = after(5, policy_gradient.pair_loss, lambda result: result._replace(loss=result.loss * torch.nan))
+    monkeypatch.setattr(policy_gradient, "pair_loss", broken)
     # two updates of a micro-batch of 16 pairs: the sixth micro-batch is in iteration 3
     stopped("iterations=4", says=("iteration 3:", "loss is nan", "nothing was updated with it", "optimizer.lr"))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

@@ -85,14 +85,14 @@ def test_a_trivial_reward_is_learned_within_ten_iterations(start, kind, least):
 
 def test_shuffled_advantages_teach_nothing(start):
     trainer = start(*LEARNING, reward=brightness)
-    assigned = trainer.advantages
+    assigned = trainer.objective.advantages
 
     def shuffled(rewards, batch):
         advantage = assigned(rewards, batch)
         order = torch.randperm(len(advantage), generator=torch.Generator().manual_seed(trainer.iteration))
         return advantage[order]
 
-    trainer.advantages = shuffled
+    trainer.objective.advantages = shuffled
     assert abs(learned(trainer)) < 0.2  # a random walk; seen over five seeds: -0.10 to 0.12
 
 
@@ -103,18 +103,18 @@ def test_a_reward_of_opposite_sign_is_learned_in_the_opposite_direction(start):
 def test_ppo_compares_a_sample_with_what_its_condition_was_rewarded_before(start):
     trainer = start("objective.kind=ppo", "advantage.scale=none", "rollout.pool=4", "rollout.conditions=4")
     first = trainer.collector.draw_conditions(0)
-    trainer.advantages(first.indices.repeat_interleave(4).float(), first)
+    trainer.objective.advantages(first.indices.repeat_interleave(4).float(), first)
     trainer.iteration = 1
     batch = trainer.collector.draw_conditions(1)
     assert batch.indices.tolist() != first.indices.tolist()  # the same conditions in another order
     again = batch.indices.repeat_interleave(4).float()
-    assert trainer.advantages(again, batch).abs().max() < 1e-6
+    assert trainer.objective.advantages(again, batch).abs().max() < 1e-6
     trainer.iteration = 2
     batch = trainer.collector.draw_conditions(2)
     better = batch.indices.repeat_interleave(4).float() + 1  # by as much for every sample: nothing to GRPO
     weight = 0.9 * 4 + 4  # of the two earlier visits, next to the three other samples of this one
     expected = torch.full((16,), 1 - 3 / (weight + 3))
-    torch.testing.assert_close(trainer.advantages(better, batch), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trainer.objective.advantages(better, batch), expected, rtol=1e-5, atol=0)
 
 
 def test_grpo_compares_a_sample_with_its_group_alone(start):
@@ -122,7 +122,7 @@ def test_grpo_compares_a_sample_with_its_group_alone(start):
     batch = trainer.collector.draw_conditions(0)
     rewards = torch.arange(16.0)
     for _ in range(2):
-        advantage = trainer.advantages(rewards, batch)
+        advantage = trainer.objective.advantages(rewards, batch)
         assert advantage.tolist() == [-1.5, -0.5, 0.5, 1.5] * 4
 
 
@@ -148,8 +148,8 @@ def test_window_moves_over_the_stochastic_steps_and_starts_again(start):
 
 
 def pairs_of(trainer: Trainer, *, iteration: int = 0, epoch: int = 0) -> list[torch.Tensor]:
-    trainer.iteration = iteration
-    return list(trainer.minibatches(trainer.collector.collect(iteration, trainer.policies[0]), epoch))
+    samples = trainer.collector.collect(iteration, trainer.objective.policies[0])
+    return list(trainer.objective.minibatches(samples, epoch))
 
 
 def test_every_pair_is_in_one_minibatch_of_an_inner_epoch_and_every_group_in_all_of_them(start):
@@ -260,7 +260,7 @@ def test_a_reward_of_nan_stops_the_run_before_anything_is_updated(start):
 
 def test_a_loss_of_nan_stops_the_run_before_anything_is_updated(start):
     trainer = start()
-    trainer.advantages = lambda rewards, batch: torch.full_like(rewards, math.nan)
+    trainer.objective.advantages = lambda rewards, batch: torch.full_like(rewards, math.nan)
     before = weights(trainer)
     with pytest.raises(EngineError, match="iteration 1: the loss is nan; nothing was updated with it"):
         trainer.train_iteration()

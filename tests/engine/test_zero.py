@@ -156,8 +156,8 @@ def test_accumulated_gradients_are_those_of_one_batch_also_with_a_smaller_last_m
 
 def norm_by_autograd(trainer: Trainer) -> float:
     """Norm of the gradient of the mean loss over all pairs, without DeepSpeed."""
-    samples = trainer.collector.collect(0, trainer.policies[0])
-    rewards, _ = trainer.rewards(samples)
+    samples = trainer.collector.collect(0, trainer.objective.policies[0])
+    rewards, _ = trainer.objective.rewards(samples)
     network = initial_network(trainer)
     loss = pair_loss(
         trainer.student.with_network(network),
@@ -165,7 +165,7 @@ def norm_by_autograd(trainer: Trainer) -> float:
         samples.trajectory,
         torch.arange(32),
         samples.batch.condition,
-        trainer.advantages(rewards, samples.batch),
+        trainer.objective.advantages(rewards, samples.batch),
         guidance=1.0,
         clip_range=trainer.config.objective.clip_range,
     ).loss
