@@ -27,8 +27,11 @@ from engine.models.loading import fingerprint
 from engine.models.pipelines import Pipeline
 from engine.rl import GaussianPolicy
 from engine.rl.rewards import Asked
-from engine.sampling import make_policy, sample
+from engine.sampling import deterministic_policy, make_policy, sample
 from engine.sources import Source
+
+ODE, DPM = "ode", "dpmsolver++"
+"""Samplers that are no policy of noise: the deterministic one, and DPM-Solver++."""
 
 BATCH = 32
 """Images in memory at once where rollout.batch_size does not say it."""
@@ -42,20 +45,24 @@ class Sampler:
         denoiser: the network.
         steps: number of steps.
         guidance: its weight.
-        eta: the policy's noise.
-        dpm: DPM-Solver++ in place of the policy.
+        kind: `ODE`, `DPM` or a policy's.
+        eta: the policy's noise; 0 for the other two.
     """
 
     denoiser: Denoiser
     steps: int
     guidance: float
+    kind: str = ODE
     eta: float = 0.0
-    dpm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.eta and self.kind in (ODE, DPM):
+            raise ValueError(f"eta={self.eta} needs a policy's kind; kind={self.kind} has no noise")
 
     @property
-    def settings(self) -> tuple[int, float, float, bool]:
+    def settings(self) -> tuple[int, float, str, float]:
         """All but the network."""
-        return self.steps, self.guidance, self.eta, self.dpm
+        return self.steps, self.guidance, self.kind, self.eta
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Drawing:
             weights: fingerprint of the sampler's weights.
         """
         keys = [pool.key(index) for index in range(pool.size)]
-        if sampler.dpm:
+        if sampler.kind == DPM:
             schedule: Any = dict(dpm_scheduler(self.pipeline, sampler.steps).config)
         else:
             policy = self._policy(sampler)
@@ -151,7 +158,7 @@ class Drawing:
         settings = {
             "teacher": teacher,
             "weights": weights,
-            "sampler": "dpmsolver++" if sampler.dpm else self.config.policy.kind,
+            "sampler": sampler.kind,
             "steps": sampler.steps,
             "guidance": sampler.guidance,
             "eta": sampler.eta,
@@ -177,10 +184,12 @@ class Drawing:
         return self._decoding
 
     def _policy(self, sampler: Sampler) -> GaussianPolicy:
-        return make_policy(sampler.denoiser, self.config.policy.kind, sampler.steps, sampler.eta)
+        if sampler.kind == ODE:
+            return deterministic_policy(sampler.denoiser, sampler.steps)
+        return make_policy(sampler.denoiser, sampler.kind, sampler.steps, sampler.eta)
 
     def _latents(self, sampler: Sampler, pool: ConditionPool, rows: Tensor) -> tuple[Tensor, int]:
-        if not sampler.dpm:
+        if sampler.kind != DPM:
             return sample(
                 sampler.denoiser,
                 self._policy(sampler),

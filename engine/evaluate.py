@@ -23,7 +23,7 @@ from engine import preflight, ranks, report
 from engine.chatter import silence
 from engine.conditions import ConditionPool
 from engine.config import Config, load_config
-from engine.drawing import BATCH, Drawing, Repeated, Sampler, compare
+from engine.drawing import BATCH, DPM, ODE, Drawing, Repeated, Sampler, compare
 from engine.encoders import PooledPixels, load_encoders
 from engine.errors import EngineError
 from engine.evaluation_checks import check_sizes, doubts
@@ -129,8 +129,8 @@ class Evaluator:
         steps: int,
         *,
         guidance: float,
+        kind: str = ODE,
         eta: float = 0.0,
-        dpm: bool = False,
         weights: str | None = None,
     ) -> Row:
         """Evaluate one denoiser at a number of steps; every rank calls it, each draws its share.
@@ -139,8 +139,8 @@ class Evaluator:
             denoiser: the teacher, or a student of it.
             steps: number of steps.
             guidance: weight of guidance.
+            kind: of the sampler: `ODE`, `DPM` (DPM-Solver++), or a policy's.
             eta: noise of the policy.
-            dpm: DPM-Solver++ in place of the policy.
             weights: fingerprint of a student's weights, read where evaluation.store is set; None: that of its network.
 
         Returns:
@@ -150,7 +150,7 @@ class Evaluator:
             stand at the top (docs/evaluation.md).
         """
         target = self._drawn(self._target, None)
-        drawn = self._drawn(Sampler(denoiser, steps, guidance, eta, dpm), weights)
+        drawn = self._drawn(Sampler(denoiser, steps, guidance, kind, eta), weights)
         metrics: dict[str, Any] = {"steps": steps, "eta": eta, "guidance": guidance}
         by_encoder = {name: self._figures(name, drawn, target) for name in self._encoders}
         metrics |= next(iter(by_encoder.values()))
@@ -158,8 +158,20 @@ class Evaluator:
             clip = [figures for figures in by_encoder.values() if "clip_score" in figures]
             metrics |= {name: clip[0][name] for name in ("clip_score", "clip_score_01") if clip}
             metrics |= {f"paired_{name}": _mean(values) for name, values in drawn.pairs.items()}
-            metrics |= {"sampler": "dpmsolver++" if dpm else self.config.policy.kind, "encoders": by_encoder}
+            metrics |= {"sampler": kind, "encoders": by_encoder}
         return Row(metrics, drawn.shown)
+
+    def student_row(self, student: Denoiser, steps: int | None = None, *, weights: str | None = None) -> Row:
+        """Evaluate a student with its own sampler, as student.sampler and student.guidance have it.
+
+        Args:
+            steps: None: student.steps.
+            weights: as for `row`.
+        """
+        settings = self.config.student
+        kind, eta = ("renoise", 1.0) if settings.sampler == "renoise" else (ODE, 0.0)
+        steps = steps or settings.steps
+        return self.row(student, steps, guidance=settings.guidance, kind=kind, eta=eta, weights=weights)
 
     def _figures(self, name: str, drawn: Drawn, target: Drawn) -> dict[str, Any]:
         """The figures of one encoder."""
@@ -317,10 +329,10 @@ def evaluate_run(folder: Path, steps: list[int], samples: int | None) -> dict[st
     result: dict[str, Any] = {"run": str(folder), "teacher": rows[0], "by_steps": []}
     for count in wanted:
         few = evaluator.row(teacher, count, guidance=config.teacher.guidance).metrics
-        own = evaluator.row(student, count, guidance=config.student.guidance).metrics
+        own = evaluator.student_row(student, count).metrics
         entry = {"steps": count, "teacher": few, "student": own, "gap_closed": gap_closed(rows[0], few, own)}
         if config.evaluation.dpm:
-            entry["teacher_dpm"] = evaluator.row(teacher, count, guidance=config.teacher.guidance, dpm=True).metrics
+            entry["teacher_dpm"] = evaluator.row(teacher, count, guidance=config.teacher.guidance, kind=DPM).metrics
         result["by_steps"].append(entry)
     return {
         **result,

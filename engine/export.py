@@ -58,7 +58,8 @@ def export(run: Path, output: Path, which: str | None = None, *, merge: bool = F
     else:
         adapter = adapter_state(load_file(checkpoints / name / "ema.safetensors"))
     load_lora_state(pipeline.denoiser.network, adapter)
-    pipeline.save_student(output, merged(pipeline.denoiser.network))
+    renoise = config.student.sampler == "renoise"
+    pipeline.save_student(output, merged(pipeline.denoiser.network), renoise=renoise)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,8 @@ the reference where the objective needs one.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -185,12 +187,14 @@ def save_student(config: Config, pipeline: Pipeline, values: Mapping[str, Tensor
         values: name in the network -> trained value.
         directory: empty or new.
     """
+    renoise = config.student.sampler == "renoise"
     if config.lora.rank:
-        pipeline.save_lora(directory, adapter_state(values), pipeline.denoiser.network.peft_config[ADAPTER])
+        adapter = pipeline.denoiser.network.peft_config[ADAPTER]
+        pipeline.save_lora(directory, adapter_state(values), adapter, renoise=renoise)
         return
     network = load_student(config).network
     network.load_state_dict(dict(values), strict=False)
-    pipeline.save_student(directory, network)
+    pipeline.save_student(directory, network, renoise=renoise)
 
 
 def adapter_state(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +209,10 @@ def load_exported(config: Config, directory: Path) -> Denoiser:
         EngineError: a directory that cannot be loaded.
     """
     if not config.lora.rank:
-        return load(directory, "student", config).denoiser
+        with warnings.catch_warnings():
+            if config.student.sampler == "renoise":  # its scheduler is no deterministic one, and we do not sample by it
+                warnings.filterwarnings("ignore", message=f"{re.escape(str(directory))}/scheduler: ")
+            return load(directory, "student", config).denoiser
     pipeline = load(teacher_directory(config), "teacher.path", config)
     adapt(pipeline, config)
     try:

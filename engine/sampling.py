@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.conditions import ConditionPool, noise, seed_of
+from engine.config import Config
 from engine.errors import EngineError
 from engine.models.denoiser import Denoiser
-from engine.models.schedules import DiffusionSchedule, Schedule
-from engine.rl import GaussianPolicy, cps_policy, dance_sde_policy, ddim_policy, flow_sde_policy
+from engine.models.schedules import DiffusionSchedule, Schedule, consistency_timesteps
+from engine.rl import GaussianPolicy, cps_policy, dance_sde_policy, ddim_policy, flow_sde_policy, renoise_policy
 from engine.rl.rollout import rollout
 
-DIFFUSION_KINDS = ("ddim",)
-FLOW_KINDS = ("flow_sde", "dance_sde", "cps")
+DIFFUSION_KINDS = ("ddim", "renoise")
+FLOW_KINDS = ("flow_sde", "dance_sde", "cps", "renoise")
 
 
 def make_policy(
@@ -25,7 +27,7 @@ def make_policy(
 
     Args:
         kind: a policy that fits the denoiser's schedule: "ddim" for diffusion, "flow_sde" | "dance_sde" | "cps" for
-            flow matching.
+            flow matching, "renoise" for both.
         steps: number of steps.
         eta: the sampler's noise; 0 makes every step deterministic.
         stochastic_steps: indices of the steps that keep their noise; None: all.
@@ -62,17 +64,40 @@ def _policy(
             final_alpha_cumprod=schedule.final_alpha_cumprod,
             stochastic_steps=stochastic_steps,
         )
+    if isinstance(schedule, DiffusionSchedule):
+        return renoise_policy(
+            schedule.alphas_cumprod,
+            consistency_timesteps(len(schedule.alphas_cumprod), steps),
+            eta=eta,
+            prediction_type=schedule.prediction_type,
+            stochastic_steps=stochastic_steps,
+        )
     sigmas = schedule.sigmas(steps)
     if kind == "flow_sde":
         return flow_sde_policy(sigmas, noise_level=eta, stochastic_steps=stochastic_steps)
     if kind == "dance_sde":
         return dance_sde_policy(sigmas, eta=eta, stochastic_steps=stochastic_steps)
+    if kind == "renoise":
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must be in [0, 1], as the share of the next level's noise that is fresh")
+        eta = math.asin(eta) * 2 / math.pi
     return cps_policy(sigmas, noise_level=eta, stochastic_steps=stochastic_steps)
 
 
 def deterministic_policy(denoiser: Denoiser, steps: int) -> GaussianPolicy:
-    """The eta = 0 sampler: what teachers draw with and students are judged by."""
+    """The eta = 0 sampler: what teachers draw with, and students too unless student.sampler says otherwise."""
     return make_policy(denoiser, kinds_for(denoiser)[0], steps, 0.0)
+
+
+def student_policy(config: Config, denoiser: Denoiser) -> GaussianPolicy:
+    """The student's own sampler at student.steps, as student.sampler names it: what it is judged by and exported with.
+
+    Raises:
+        EngineError: for steps that it cannot have.
+    """
+    if config.student.sampler == "renoise":
+        return make_policy(denoiser, "renoise", config.student.steps, 1.0)
+    return deterministic_policy(denoiser, config.student.steps)
 
 
 def sample(

@@ -33,6 +33,10 @@ class Teacher(Section):
 class Student(Section):
     steps: Positive = 5
     """Steps of the student: what it is distilled to, in training and evaluation alike."""
+    sampler: Literal["ode", "renoise"] = "ode"
+    """What it draws with: "ode" (the deterministic sampler of its teacher) or "renoise" (multi-step consistency
+    sampling: the image that it predicts, with fresh noise at the next level), for students of consistency distillation
+    and distribution matching. Exports have the scheduler of it: LCM, or for a flow stochastic Euler steps."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Guidance weight in rollout, update and evaluation alike."""
     init: str = "teacher"
@@ -94,11 +98,12 @@ class Vae(Section):
 
 
 class Policy(Section):
-    kind: Literal["ddim", "flow_sde", "dance_sde", "cps", "edm_ancestral"] = "ddim"
+    kind: Literal["ddim", "flow_sde", "dance_sde", "cps", "edm_ancestral", "renoise"] = "ddim"
     """Sampler whose noise is trained on: "ddim" for diffusion teachers; "flow_sde" (Flow-GRPO), "dance_sde" (DanceGRPO)
-    or "cps" for flow matching."""
+    or "cps" for flow matching; "renoise" for students of student.sampler=renoise."""
     eta: Annotated[float, Field(gt=0)] = 0.5
-    """Noise of the sampler during training: DDIM's eta, the SDE's noise level. Evaluation is at 0."""
+    """Noise of the sampler during training: DDIM's eta, the SDE's noise level, of "renoise" the share of the next
+    level's noise that is fresh. Evaluation is at 0, and of a renoising student at 1."""
     window: Positive | None = 1
     """Number of consecutive steps that are stochastic in one iteration, at a place that changes from iteration to
     iteration; the other steps are deterministic and, before the window, computed once per group. With one

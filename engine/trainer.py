@@ -31,7 +31,7 @@ from engine.objectives.policy_gradient import PolicyGradient
 from engine.parts import Part, Parts, load_engine, save_engine
 from engine.rl.rewards import CompositeReward, RewardError
 from engine.roles import Roles
-from engine.sampling import deterministic_policy, sample
+from engine.sampling import sample, student_policy
 from engine.teacher_cache import TeacherCache
 
 
@@ -216,7 +216,7 @@ class Trainer:
         """The averaged student's eta = 0 reward on held-out conditions."""
         config, pool = self.config, self.held_out
         mine = torch.arange(pool.size)[ranks.share(pool.size)]
-        policy = deterministic_policy(self.student, config.student.steps)
+        policy = student_policy(config, self.student)
         parts = []
         with self.account.settled(), self.averaged.installed():
             for indices in mine.split(config.rollout.batch_size or len(mine)):

@@ -17,7 +17,7 @@ from .denoiser import Condition, Denoiser, negative_prompt, null_class
 from .families import FAMILIES, Family
 from .loading import LoadingError, load_weights, one_line, read_json
 from .quantization import KINDS, quantize
-from .schedules import DIFFUSION, load_scheduler, schedule_of
+from .schedules import FLOW, load_scheduler, renoising, schedule_of
 from .text import TextEncoders
 
 if TYPE_CHECKING:
@@ -85,14 +85,15 @@ class Pipeline:
         parts = latents.split(batch_size or len(latents))
         return torch.cat([(self._decode(part).float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
-    def save_student(self, directory: str | Path, network: nn.Module) -> None:
-        """Write a student as a whole directory that stock diffusers loads and samples like the eta = 0 sampler.
+    def save_student(self, directory: str | Path, network: nn.Module, *, renoise: bool = False) -> None:
+        """Write a student as a whole directory that stock diffusers loads and samples as we do.
 
         The other components are hard links to the teacher's files, or copies where the file system has no links.
 
         Args:
             directory: created; must not hold anything.
             network: a diffusers model with its full weights, in any precision that is not quantised.
+            renoise: with the scheduler of multi-step consistency sampling instead of the eta = 0 sampler's.
         """
         directory = _empty(directory)
         component = self.family.component
@@ -100,21 +101,27 @@ class Pipeline:
             if isinstance(entry, list) and entry[0] is not None and name not in (component, "scheduler"):
                 shutil.copytree(self.directory / name, directory / name, copy_function=_link)
         network.save_pretrained(directory / component, safe_serialization=True)
-        self.scheduler.save_pretrained(directory / "scheduler")
-        scheduler = type(self.scheduler).__name__
-        if not self.family.has_vae and scheduler != DIFFUSION:
+        scheduler = renoising(self.scheduler) if renoise else self.scheduler
+        scheduler.save_pretrained(directory / "scheduler")
+        name = type(scheduler).__name__
+        if not self.family.has_vae and name == FLOW:
             return  # diffusers has no pipeline for a flow without text, so such a student is loaded by its two parts
         index = {"_class_name": self.family.pipelines[0], **self.index}
-        index |= {component: ["diffusers", type(network).__name__], "scheduler": ["diffusers", scheduler]}
+        if not self.family.has_vae and renoise:
+            index["_class_name"] = "DDPMPipeline"  # DDIMPipeline puts its own scheduler in place of any other
+        index |= {component: ["diffusers", type(network).__name__], "scheduler": ["diffusers", name]}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def save_lora(self, directory: str | Path, state: Mapping[str, Tensor], config: LoraConfig) -> None:
+    def save_lora(
+        self, directory: str | Path, state: Mapping[str, Tensor], config: LoraConfig, *, renoise: bool = False
+    ) -> None:
         """Write a LoRA adapter for the stock pipeline's `load_lora_weights`, or for peft where it has none.
 
         Args:
             directory: created; must not hold anything.
             state: the adapter's tensors, named as `models.lora.lora_state` names them.
             config: that the adapter was made with.
+            renoise: say how to set the scheduler of multi-step consistency sampling.
         """
         import diffusers
         from safetensors.torch import save_file
@@ -132,6 +139,11 @@ class Pipeline:
             named = {f"base_model.model.{name}": value for name, value in state.items()}
             save_file(named, directory / PEFT_LORA, metadata={"format": "pt"})
             how = f"pipeline.{component} = peft.PeftModel.from_pretrained(pipeline.{component}, {directory.name!r})"
+        if renoise:
+            scheduler = renoising(self.scheduler)
+            scheduler.save_pretrained(directory / "scheduler")
+            folder = f"{directory.name}/scheduler"
+            how += f"\n    pipeline.scheduler = diffusers.{type(scheduler).__name__}.from_pretrained({folder!r})"
         (directory / "README.md").write_text(
             f"A LoRA adapter for a {self.family.name} pipeline. With the teacher loaded by diffusers:\n\n    {how}\n"
         )

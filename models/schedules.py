@@ -15,6 +15,8 @@ from .loading import LoadingError, one_line, read_json
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
 DIFFUSION = "DDIMScheduler"
+CONSISTENCY_STEPS = 50
+"""Of the grid that latent consistency models are distilled on, where the number is not given."""
 CONFIG = "scheduler/scheduler_config.json"
 
 
@@ -83,6 +85,32 @@ def load_scheduler(directory: Path, *, flow: bool = False, forced: Mapping[str, 
             changes["timestep_spacing"] = "trailing"
     _warn(directory, kind, name, config, changes)
     return getattr(diffusers, name).from_config(config, **changes)
+
+
+def renoising(scheduler: Any) -> Any:
+    """diffusers' scheduler of multi-step consistency sampling for what a deterministic one was loaded for: LCM, or for
+    a flow stochastic Euler steps."""
+    from diffusers import LCMScheduler
+
+    if type(scheduler).__name__ == FLOW:
+        return type(scheduler).from_config(scheduler.config, stochastic_sampling=True)
+    return LCMScheduler.from_config(scheduler.config, original_inference_steps=CONSISTENCY_STEPS, timestep_scaling=10.0)
+
+
+def consistency_timesteps(train_timesteps: int, steps: int) -> Tensor:
+    """The timesteps (steps,) int64 that LCM samples at: evenly spaced ones of the 50 that it was distilled on.
+
+    Raises:
+        ValueError: for steps that are not in 1..50, or fewer than 50 training timesteps.
+    """
+    every = train_timesteps // CONSISTENCY_STEPS
+    if not 1 <= steps <= CONSISTENCY_STEPS or every < 1:
+        raise ValueError(
+            f"the renoising sampler takes 1 to {CONSISTENCY_STEPS} steps of at least {CONSISTENCY_STEPS} training "
+            f"timesteps; got {steps} of {train_timesteps}"
+        )
+    chosen = torch.arange(steps, dtype=torch.int64) * CONSISTENCY_STEPS // steps
+    return (CONSISTENCY_STEPS - chosen) * every - 1
 
 
 def schedule_of(scheduler: Any, arguments: Callable[[int], dict[str, Any]] | None = None) -> Schedule:

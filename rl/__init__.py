@@ -7,6 +7,7 @@ from .policies import (
     ddim_policy,
     edm_ancestral_policy,
     flow_sde_policy,
+    renoise_policy,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "ddim_policy",
     "edm_ancestral_policy",
     "flow_sde_policy",
+    "renoise_policy",
 ]

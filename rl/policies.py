@@ -91,15 +91,8 @@ def ddim_policy(
     Raises:
         ValueError: for schedules, timesteps, eta or a prediction type outside of the above.
     """
-    schedule = _vector("alphas_cumprod", alphas_cumprod)
-    steps = _timesteps(timesteps, len(schedule))
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    steps, a_t, a_s = _kept(alphas_cumprod, timesteps, prediction_type, final_alpha_cumprod)
     noise = _noise("eta", eta, len(steps), stochastic_steps)
-
-    a_t = schedule[steps]
-    a_s = torch.cat([a_t[1:], torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64)])
-    _check_alphas(steps, a_t, a_s, prediction_type)
 
     std = noise * torch.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
     direction_sq = 1 - a_s - std**2
@@ -118,6 +111,64 @@ def ddim_policy(
         a = c / torch.sqrt(1 - a_t)
         b = torch.sqrt(a_s) - c * torch.sqrt(a_t / (1 - a_t))
     return GaussianPolicy(steps, a, b, std)
+
+
+def renoise_policy(
+    alphas_cumprod: Tensor | Sequence[float],
+    timesteps: Tensor | Sequence[int],
+    *,
+    eta: float = 1.0,
+    prediction_type: str = "epsilon",
+    stochastic_steps: Sequence[int] | None = None,
+) -> GaussianPolicy:
+    """Multi-step consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1; LCM, arXiv 2310.04378): the
+    image that the student predicts, with fresh noise at the next level.
+
+    With g = c_skip x + c_out x0 the predicted image (`consistency_scalings`), a step is
+    sqrt(A_s) g + sqrt(1 - A_s) (sqrt(1 - eta^2) eps + eta z), where eps is the noise that g leaves in x. The last step
+    gives g itself. For flows the same sampler is `cps_policy` with noise_level 2 / pi arcsin(eta).
+
+    Args:
+        alphas_cumprod: as in `ddim_policy`.
+        timesteps: (T,) strictly descending; LCM's are `models.schedules.consistency_timesteps`.
+        eta: in [0, 1], the share of the next level's noise that is fresh; 1 is LCM, 0 a deterministic DDIM step.
+        prediction_type: "epsilon" | "v_prediction" | "sample".
+        stochastic_steps: positions 0..T-1 that keep their noise; the others take eta 0. None: all.
+
+    Returns:
+        The policy over int64 timesteps; its last step is deterministic.
+
+    Raises:
+        ValueError: for schedules, timesteps, eta or a prediction type outside of the above.
+    """
+    steps, a_t, a_s = _kept(alphas_cumprod, timesteps, prediction_type, 1.0)
+    fresh = _noise("eta", eta, len(steps), stochastic_steps, largest=1.0)
+    alpha, sigma, alpha_next, sigma_next = a_t.sqrt(), (1 - a_t).sqrt(), a_s.sqrt(), (1 - a_s).sqrt()
+    skip, out = consistency_scalings(steps)
+    # g = of_x x + of_f f, and eps = (x - alpha g) / sigma
+    if prediction_type == "epsilon":
+        of_x, of_f = skip + out / alpha, -out * sigma / alpha
+    elif prediction_type == "v_prediction":
+        of_x, of_f = skip + out * alpha, -out * sigma
+    else:
+        of_x, of_f = skip, out
+    kept = (1 - fresh**2).sqrt() * sigma_next / sigma
+    of_g = alpha_next - kept * alpha
+    return GaussianPolicy(steps, kept + of_g * of_x, of_g * of_f, fresh * sigma_next)
+
+
+def consistency_scalings(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of latent consistency models, with LCM's data deviation 0.5 and timesteps scaled by 10: the
+    predicted image is the latent itself at timestep 0, and the network's from the first few timesteps on.
+
+    Args:
+        timesteps: (B,) training timesteps.
+
+    Returns:
+        (c_skip, c_out), each (B,) float64.
+    """
+    scaled = 10.0 * timesteps.double()
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
 
 
 def flow_sde_policy(
@@ -230,6 +281,23 @@ def _sde(nodes: Tensor, q: Tensor) -> GaussianPolicy:
     a = 1 + q**2 * step / (2 * sigma)
     b = step * (1 + q**2 * (1 - sigma) / (2 * sigma))
     return GaussianPolicy(sigma * FLOW_TIMESTEPS, a, b, q * torch.sqrt(-step))
+
+
+def _kept(
+    alphas_cumprod: Tensor | Sequence[float],
+    timesteps: Tensor | Sequence[int],
+    prediction_type: str,
+    final_alpha_cumprod: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept timesteps (T,), the cumulative alphas there, and those after each step."""
+    schedule = _vector("alphas_cumprod", alphas_cumprod)
+    steps = _timesteps(timesteps, len(schedule))
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type={prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    a_t = schedule[steps]
+    a_s = torch.cat([a_t[1:], torch.tensor([float(final_alpha_cumprod)], dtype=torch.float64)])
+    _check_alphas(steps, a_t, a_s, prediction_type)
+    return steps, a_t, a_s
 
 
 def _vector(name: str, values: Tensor | Sequence[float]) -> Tensor:

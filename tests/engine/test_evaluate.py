@@ -144,7 +144,7 @@ def test_the_dpm_row_is_drawn_by_dpm_solver_from_the_same_noise(start):
     expected = evaluator.pipeline.decode(latents) * 2 - 1
     torch.testing.assert_close(row.images, expected, rtol=0, atol=2 / 255)
     assert row.metrics["sampler"] == "dpmsolver++"
-    assert evaluator.row(teacher, FEW, guidance=2.0).metrics["sampler"] == "ddim"
+    assert evaluator.row(teacher, FEW, guidance=2.0).metrics["sampler"] == "ode"
 
 
 def test_several_seeds_of_a_prompt_are_its_images_in_turn_and_have_a_diversity(start):

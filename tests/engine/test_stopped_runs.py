@@ -94,15 +94,15 @@ def test_an_update_that_disagrees_with_the_rollout_stops_the_run(stopped, monkey
 
 
 def test_a_first_rollout_that_cannot_be_scored_again_stops_the_run_before_any_update(stopped, monkeypatch):
-    from engine import trainer
+    from engine.objectives import policy_gradient
 
-    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: float("inf"))
-    monkeypatch.setattr(trainer, "pair_loss", lambda *arguments, **keywords: pytest.fail("an update was made"))
+    monkeypatch.setattr(policy_gradient, "first_pass_error", lambda *arguments, **keywords: float("inf"))
+    monkeypatch.setattr(policy_gradient, "pair_loss", lambda *arguments, **keywords: pytest.fail("an update was made"))
     stopped("train.ratio_tolerance=0.5", says=("iteration 1:", "is inf", "train.ratio_tolerance=0.5"))
 
 
 def test_a_tolerance_that_was_raised_lets_an_inexact_network_train(tmp_path, tiny_config, monkeypatch):
-    from engine import trainer
+    from engine.objectives import policy_gradient
 
-    monkeypatch.setattr(trainer, "first_pass_error", lambda *arguments, **keywords: 0.1)
+    monkeypatch.setattr(policy_gradient, "first_pass_error", lambda *arguments, **keywords: 0.1)
     engine.distill(tiny_config(tmp_path / "run", "train.ratio_tolerance=0.2", "iterations=1"))

@@ -133,7 +133,7 @@ def test_accumulated_gradients_are_those_of_one_batch_also_with_a_smaller_last_m
     row = whole.train_iteration()
     after = weights(whole)
     parts = start(f"zero.stage={stage}", f"train.micro_batch={micro_batch}", *linear)
-    assert parts.accumulation == math.ceil(16 / micro_batch)
+    assert parts.engine.gradient_accumulation_steps() == math.ceil(16 / micro_batch)
     in_parts = parts.train_iteration()
     moved = distance(after, before)
     assert moved > 1e-3

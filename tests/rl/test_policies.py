@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from engine.rl import (
     ddim_policy,
     edm_ancestral_policy,
     flow_sde_policy,
+    renoise_policy,
 )
 from engine.rl.policies import PREDICTION_TYPES
 
@@ -110,6 +111,47 @@ def test_a_last_step_that_goes_nowhere_keeps_the_latent():
     assert (policy.a[-1].item(), policy.b[-1].item(), policy.std[-1].item()) == (1.0, 0.0, 0.0)
 
 
+# The renoising sampler against diffusers
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("steps", [[999, 799, 599, 399, 199], [900, 450, 3, 1, 0], [700]])
+def test_renoising_is_the_step_of_stock_lcm(prediction_type, steps):
+    scheduler = LCMScheduler(**SD15, prediction_type=prediction_type)
+    scheduler.set_timesteps(timesteps=steps)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    policy = renoise_policy(scheduler.alphas_cumprod, steps, prediction_type=prediction_type)
+    x, pred = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for index, timestep in enumerate(steps):
+        theirs = scheduler.step(pred, timestep, x, torch.Generator().manual_seed(index), return_dict=False)[0]
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(index), dtype=x.dtype)
+        torch.testing.assert_close(step(policy, index, x, pred, noise), theirs, rtol=1e-10, atol=1e-10)
+    assert policy.stochastic.tolist() == [True] * (len(steps) - 1) + [False]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_renoising_outside_its_window_is_a_deterministic_ddim_step(prediction_type):
+    # from timestep 19 on, the predicted image is the network's own but for 1e-5 of the latent
+    alphas, steps = linear_alphas(), [999, 599, 199]
+    window = renoise_policy(alphas, steps, prediction_type=prediction_type, stochastic_steps=[1])
+    ddim = ddim_policy(alphas, steps, eta=0.0, prediction_type=prediction_type)
+    assert window.stochastic.tolist() == [False, True, False]
+    for name in ("a", "b", "std"):
+        torch.testing.assert_close(getattr(window, name)[[0, 2]], getattr(ddim, name)[[0, 2]], rtol=0, atol=1e-6)
+
+
+def test_renoising_of_a_flow_is_the_stochastic_step_of_diffusers():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+    scheduler.set_timesteps(5)
+    policy = cps_policy(scheduler.sigmas.double(), noise_level=1.0)
+    x, pred = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for index, timestep in enumerate(scheduler.timesteps):
+        generator = torch.Generator().manual_seed(index)
+        theirs = scheduler.step(pred, timestep, x, generator=generator, return_dict=False)[0]
+        noise = torch.randn(x.shape, generator=generator.manual_seed(index))
+        torch.testing.assert_close(step(policy, index, x, pred, noise), theirs, rtol=0, atol=1e-5)
+
+
 # What every sampler must keep: the marginals of the noising process
 
 
@@ -136,6 +178,24 @@ def test_ddim_keeps_signal_and_total_noise_for_any_eta(steps, eta, prediction_ty
     torch.testing.assert_close(policy.a * a_t.sqrt() + policy.b * signal, a_s.sqrt(), rtol=0, atol=1e-9)
     kept = policy.a * torch.sqrt(1 - a_t) + policy.b * noise
     torch.testing.assert_close(kept**2 + policy.std**2, 1 - a_s, rtol=0, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=schedules, eta=st.floats(0, 1), prediction_type=st.sampled_from(PREDICTION_TYPES))
+def test_renoising_keeps_the_total_noise_of_what_it_takes_for_the_image(steps, eta, prediction_type):
+    alphas = linear_alphas()
+    policy = renoise_policy(alphas, steps, eta=eta, prediction_type=prediction_type)
+    a_t, a_s = alphas[steps], torch.cat([alphas[steps][1:], torch.ones(1, dtype=torch.float64)])
+    # a prediction that says: the image is 0.3, in the two coordinates image 0.3 and noise 1, and all of x is noise
+    image, noise = 0.3, (1 - 0.3 * a_t.sqrt()) / (1 - a_t).sqrt()
+    pred = {"epsilon": noise, "v_prediction": a_t.sqrt() * noise - (1 - a_t).sqrt() * image, "sample": image}
+    scaled = 10.0 * torch.tensor(steps, dtype=torch.float64)
+    predicted = (0.25 + image * scaled * (scaled**2 + 0.25).sqrt()) / (scaled**2 + 0.25)  # c_skip x + c_out image, x = 1
+    mean = policy.a + policy.b * pred[prediction_type]
+    kept = (1 - predicted * a_t.sqrt()) / (1 - a_t).sqrt()
+    expected = a_s.sqrt() * predicted + (1 - a_s).sqrt() * math.sqrt(1 - eta**2) * kept
+    torch.testing.assert_close(mean, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(policy.std, eta * (1 - a_s).sqrt())
 
 
 @settings(max_examples=60, deadline=None)
