@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def locate(resume: str, output_dir: Path | None) -> Path | None:
     return found[-1]
 
 
-STATE = {"iteration", "config", "teacher", "world_size", "best", "reward", "worst_ratio_error", "passes", "seconds"}
+STATE = {"iteration", "config", "teacher", "world_size", "best", "reward", "passes", "seconds"}
 """Keys of `trainer.json`."""
 
 
@@ -160,13 +160,17 @@ def check_compatible(state: dict[str, Any], config: Config, *, teacher: str, wor
         )
 
 
-def differences(before: dict[str, Any], config: Config) -> list[str]:
-    """The keys, with both values, that make another experiment of a configuration."""
+def differences(before: dict[str, Any], config: Config, free: Sequence[str] = _FREE) -> list[str]:
+    """The keys, with both values, that make another experiment of a configuration.
+
+    Args:
+        free: keys and sections that may differ.
+    """
     then, now = _flat(before), _flat(config.as_dict())
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        if then.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
 
 

@@ -15,7 +15,13 @@ def conflicts(config: Config, device: str) -> list[str]:
     Args:
         device: "cuda" or "cpu": what the run is on.
     """
-    return [*_one_network(config), *_states(config, device), *_layouts(config), *_precisions(config, device)]
+    return [
+        *_one_network(config),
+        *_objectives(config),
+        *_states(config, device),
+        *_layouts(config),
+        *_precisions(config, device),
+    ]
 
 
 def _one_network(config: Config) -> Iterator[str]:
@@ -55,6 +61,40 @@ def _one_network(config: Config) -> Iterator[str]:
             f"{given} with teacher.precision=int8 and zero.stage=3: bitsandbytes keeps every 8-bit weight whole beside "
             "the parameter that DeepSpeed partitions, so nothing would be saved; use zero.stage=2, or nf4"
         )
+
+
+def _objectives(config: Config) -> Iterator[str]:
+    """What the objectives cannot learn under the other keys."""
+    objective, sampler, kinds = config.objective, config.student.sampler, config.objective.kinds
+    if objective.rewarded and (config.policy.kind == "renoise") != (sampler == "renoise"):
+        fitting = "policy.kind=renoise" if sampler == "renoise" else "student.sampler=renoise"
+        yield (
+            f"policy.kind={config.policy.kind} with student.sampler={sampler}: the student would be trained with "
+            f"another sampler than it is judged by; use {fitting}"
+        )
+    for kind in ("regression", "progressive"):
+        if kind in kinds and sampler == "renoise":
+            yield (
+                f"student.sampler=renoise with the objective {kind}: it learns where the deterministic sampler ends, and fresh noise "
+                "leads elsewhere; use student.sampler=ode"
+            )
+    if "progressive" in kinds and len(objective.progressive.stages or ()) > 1 and config.student.guidance != 1.0:
+        yield (
+            f"objective.progressive.stages={list(objective.progressive.stages)} with "
+            f"student.guidance={config.student.guidance:g}: the first stage learns the guided teacher, so that later "
+            "stages and the student need no guidance; use student.guidance=1"
+        )
+    if not objective.rewarded:
+        if config.train.inner_epochs > 1:
+            yield (
+                f"train.inner_epochs={config.train.inner_epochs} with objective.kind={objective.kind}: there is no "
+                "rollout to pass over again; use train.updates"
+            )
+        if objective.kl_coef:
+            yield (
+                f"objective.kl_coef={objective.kl_coef:g} with objective.kind={objective.kind}: the divergence is a "
+                "term of grpo and ppo; use 0"
+            )
 
 
 def _states(config: Config, device: str) -> Iterator[str]:

@@ -61,8 +61,11 @@ class Learner:
         """Inside, gradients flow through the network and leave none in it."""
         for parameter in self._trainable:
             parameter.requires_grad_(False)
+        # The engine takes a gradient through its own outputs for the start of its own backward pass.
+        self.engine.forward = lambda *arguments, **options: self.engine.module(*arguments, **options)
         try:
             yield
         finally:
+            del self.engine.forward
             for parameter in self._trainable:
                 parameter.requires_grad_(True)

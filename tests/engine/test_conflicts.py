@@ -39,6 +39,19 @@ def found(*overrides: str, device: str = "cuda") -> list[str]:
         (("model.channels_last=true", "zero.stage=1"), "use zero.stage=0, or LoRA"),
         (("model.channels_last=true", LORA, "zero.stage=3"), "use zero.stage=0 to 2"),
         (("model.channels_last=true", "optimizer.kind=lion"), "use optimizer.kind=adamw, or LoRA"),
+        (("policy.kind=renoise",), "policy.kind=renoise with student.sampler=ode"),
+        (("policy.kind=ddim", "student.sampler=renoise"), "policy.kind=ddim with student.sampler=renoise"),
+        (("student.sampler=renoise", "objective.kind=regression"), "fresh noise leads elsewhere"),
+        (
+            ("policy.kind=renoise", "student.sampler=renoise", "objective.joined={progressive: 1}"),
+            "student.sampler=renoise with the objective progressive",
+        ),
+        (
+            ("objective.progressive.stages=[10, 5]", "objective.kind=progressive", "student.guidance=2"),
+            "use student.guidance=1",
+        ),
+        (("train.inner_epochs=2", "objective.kind=draft"), "there is no rollout to pass over again"),
+        (("objective.kl_coef=0.1", "objective.kind=dmd2"), "the divergence is a term of grpo and ppo"),
     ],
 )
 def test_what_cannot_work_together_is_one_sentence_with_keys_values_and_a_way_out(overrides, message):
@@ -58,6 +71,10 @@ def test_what_cannot_work_together_is_one_sentence_with_keys_values_and_a_way_ou
         (LORA, "teacher.precision=nf4", "precision=bf16", "zero.stage=3"),
         (LORA, "teacher.precision=int8", "zero.stage=2"),
         (LORA, "model.channels_last=true", "zero.stage=2", "optimizer.kind=lion"),
+        ("student.sampler=renoise", "policy.kind=renoise"),
+        ("student.sampler=renoise", "objective.kind=dmd2"),
+        ("objective.kind=dmd2", "objective.joined={grpo: 1}", "objective.kl_coef=0.1", "train.inner_epochs=2"),
+        ("objective.kind=progressive", "student.guidance=2"),
         ("teacher.precision=nf4", "precision=bf16"),  # a frozen teacher beside a student of its own
         (*SMALLER, "student.trainable=conv"),
         ("optimizer.kind=paged_adamw8bit", "zero.stage=1", "precision=bf16"),
