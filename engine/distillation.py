@@ -13,17 +13,16 @@ import torch
 from tqdm import tqdm
 
 from engine import checkpoint, cloning, preflight, ranks, report
+from engine.building import build
 from engine.conditions import Source
 from engine.config import Config, load_config
 from engine.drawing import DPM
 from engine.evaluate import Evaluator, gap_closed
-from engine.evaluation_checks import check_evaluation
 from engine.models.denoiser import Denoiser
 from engine.models.loading import fingerprint
 from engine.plan import plan
-from engine.roles import Roles, fit, load_exported, load_roles, load_student, save_student
+from engine.roles import Roles, load_exported, load_student, save_student
 from engine.run_directory import RunDirectory, resolve, write_atomically
-from engine.sources import encode_prompts, load_sources
 from engine.trainer import Trainer
 
 
@@ -62,20 +61,8 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
     folder = Path(ranks.broadcast(str(resolve(config, origin))))
     preflight.check_machine(config)
     _plan_memory(config)
-    roles = load_roles(config)
-    sources = load_sources(config, roles.pipeline, folder)
-    reward = preflight.check(config, roles, ranks.world_size())
-    check_evaluation(config, roles.pipeline)
-    if origin is not None:
-        state = checkpoint.read_state(origin)
-        checkpoint.check_compatible(state, config, teacher=roles.weights, world_size=ranks.world_size(), origin=origin)
-    encode_prompts(config, sources, roles.pipeline)  # before the networks are on the device: the encoders may be larger
-    for line in fit(roles, config):
-        _say(line)
-    cache = Path(config.teacher.cache) if config.teacher.cache else folder / "teacher_cache"
-    trainer = Trainer(config, roles, sources, reward, cache)
-    if origin is not None:
-        trainer.restore(origin)
+    built = build(config, folder, origin=origin, say=_say)
+    trainer, roles, sources = built.trainer, built.roles, built.sources
     run = None
     if ranks.is_first():
         run = RunDirectory(
@@ -97,7 +84,7 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
 
 def _plan_memory(config: Config) -> None:
     device = ranks.device()
-    if device.type != "cuda" or not ranks.is_first():
+    if device.type != "cuda" or not ranks.is_first() or config.objective.distilling:
         return
     made = plan(config, gpu_bytes=torch.cuda.get_device_properties(device).total_memory, ranks=ranks.world_size())
     _say(made.table())
@@ -159,13 +146,14 @@ def _finish(
     if config.evaluation.dpm:
         dpm_row = evaluator.row(teacher, config.student.steps, guidance=config.teacher.guidance, kind=DPM)
     with trainer.averaged.installed():
-        own = _fingerprint(trainer) if config.evaluation.store else None
+        own = student_fingerprint(trainer) if config.evaluation.store else None
         student_row = evaluator.student_row(trainer.student, weights=own)
         noisy_row = None
         if config.objective.rewarded:
             noisy_row = evaluator.row(
-                trainer.student, config.student.steps, guidance=guidance, eta=config.policy.eta, weights=own
-            )
+                trainer.student, config.student.steps, guidance=guidance, kind=config.policy.kind,
+                eta=config.policy.eta, weights=own,
+            )  # fmt: skip
     seconds = dict(trainer.account.seconds)
     seconds["evaluation"] = time.perf_counter() - clock
     seconds["total"] += seconds["evaluation"]
@@ -209,7 +197,8 @@ def _finish(
     return summary
 
 
-def _fingerprint(trainer: Trainer) -> str:
+def student_fingerprint(trainer: Trainer) -> str:
+    """SHA-256 of all weights that the averaged student computes with, for evaluation.store."""
     own = trainer.averaged.fingerprint()
     if trainer.config.student.trainable is None:
         return own

@@ -118,6 +118,11 @@ def plan(config: Config, *, gpu_bytes: int, ranks: int = 1, architecture: str | 
     Raises:
         EngineError: a directory or a choice that cannot be planned, naming the key.
     """
+    if config.objective.distilling:
+        raise EngineError(
+            f"objective {', '.join(config.objective.distilling)} cannot be planned: its networks and passes are not "
+            "known to the plan, which is of grpo and ppo"
+        )
     problems = conflicts(config, "cuda")
     if problems:
         raise EngineError("; ".join(problems))

@@ -14,7 +14,6 @@ from engine.errors import EngineError
 from engine.models.denoiser import Denoiser, check_guidance
 from engine.models.digits import load_reward_encoder
 from engine.models.loading import LoadingError
-from engine.objectives.settings import REWARDED
 from engine.rl.rewards import CompositeReward, RewardError, make_reward
 from engine.roles import Roles
 from engine.sampling import deterministic_policy, make_policy
@@ -132,7 +131,7 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
         )
     if config.objective.rewarded:
         _rollout(config, student, world_size)
-    if set(config.objective.kinds) - set(REWARDED) and config.train.batch_size % world_size:
+    if config.objective.distilling and config.train.batch_size % world_size:
         raise EngineError(
             f"train.batch_size={config.train.batch_size} is not a multiple of the {world_size} ranks; "
             "each takes an equal share"
