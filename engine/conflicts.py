@@ -75,8 +75,8 @@ def _objectives(config: Config) -> Iterator[str]:
     for kind in ("regression", "progressive"):
         if kind in kinds and sampler == "renoise":
             yield (
-                f"student.sampler=renoise with the objective {kind}: it learns where the deterministic sampler ends, and fresh noise "
-                "leads elsewhere; use student.sampler=ode"
+                f"student.sampler=renoise with the objective {kind}: it learns where the deterministic sampler ends, "
+                "and fresh noise leads elsewhere; use student.sampler=ode"
             )
     if "progressive" in kinds and len(objective.progressive.stages or ()) > 1 and config.student.guidance != 1.0:
         yield (

@@ -4,6 +4,7 @@ import ast
 import copy
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 import engine
 from engine import Config, EngineError, load_config
 from engine.config import CONFIGS, valid_keys
-from engine.settings import Section
+from engine.objectives.settings import REWARDED, Kind, Objective
+from engine.section import Section
 
 # design.md's fixed names, as far as they exist, each with a value that it must take.
 FIXED = {
@@ -131,8 +133,12 @@ def test_an_empty_file_is_all_defaults(tmp_path):
 
 
 def test_every_key_has_a_docstring_where_it_is_declared():
-    undocumented, sections = [], {model.__name__ for model in Section.__subclasses__()}
-    for node in ast.parse(Path(sys.modules[Config.__module__].__file__).read_text()).body:
+    undocumented, sections = [], set()
+    for module in (Config.__module__, Objective.__module__):
+        classes = vars(sys.modules[module]).values()
+        sections |= {c.__name__ for c in classes if isinstance(c, type) and issubclass(c, Section) and c is not Section}
+    sources = [Path(sys.modules[module].__file__).read_text() for module in (Config.__module__, Objective.__module__)]
+    for node in [node for source in sources for node in ast.parse(source).body]:
         if not isinstance(node, ast.ClassDef) or node.name not in sections:
             continue
         for line, below in zip(node.body, [*node.body[1:], None], strict=True):
@@ -146,16 +152,21 @@ def test_every_key_has_a_docstring_where_it_is_declared():
 @pytest.mark.usefixtures("quick_finish")
 def test_every_key_is_read_by_a_run(tmp_path, tiny_config, tiny_pipeline, monkeypatch):
     """What only refuses keys, each alone or with others, is no reader."""
-    names = {field.annotation: f"{name}." for name, field in Config.model_fields.items()} | {Config: ""}
-    read, checking = set(), {Config.__module__, "engine.conflicts"}
+    read, checking = set(), {Config.__module__, Objective.__module__, "engine.conflicts"}
 
     def record(self, name):
         if name in type(self).model_fields and sys._getframe(1).f_globals["__name__"] not in checking:
-            read.add(names[type(self)] + name)
+            read.add((type(self), name))
         return object.__getattribute__(self, name)
 
+    def section_of(key):
+        section = Config
+        for part in key.split(".")[:-1]:
+            section = section.model_fields[part].annotation
+        return section
+
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"text": "a cat {i}"}}\n' for i in range(12)))
-    smaller = ["student.architecture={layers_per_block: 2}", "cloning.iterations=1"]
+    smaller = ["objective.kind=ppo", "student.architecture={layers_per_block: 2}", "cloning.iterations=1"]
     adapted = [
         f"teacher.path={tiny_pipeline('sd')}",
         f"prompts.path={tmp_path / 'prompts.jsonl'}",
@@ -164,11 +175,14 @@ def test_every_key_is_read_by_a_run(tmp_path, tiny_config, tiny_pipeline, monkey
         "lora.rank=2",
         "train.ratio_tolerance=0.01",
     ]
-    configs = [tiny_config(tmp_path / f"run{i}", *overrides) for i, overrides in enumerate(([], smaller, adapted))]
+    distilling = ["iterations=1", "train.batch_size=4", "objective.progressive.stages=[3]"]
+    distilling += [f"objective.joined.{kind}=1" for kind in get_args(Kind) if kind not in REWARDED]
+    settings = ([], smaller, adapted, distilling)
+    configs = [tiny_config(tmp_path / f"run{i}", *overrides) for i, overrides in enumerate(settings)]
     monkeypatch.setattr(Section, "__getattribute__", record, raising=False)
     for config in configs:
         engine.distill(config)
-    assert sorted(set(LEAVES) - read) == []
+    assert [key for key in LEAVES if (section_of(key), key.split(".")[-1]) not in read] == []
 
 
 def test_a_configuration_is_immutable():
