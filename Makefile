@@ -16,7 +16,7 @@ IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 help:
 	@echo "make train [ARGS='key=value ...']   distill the embedded digits teacher, or what ARGS says"
-	@echo "make test [ARGS='-k name']          lint, then the tests"
+	@echo "make test [ARGS='tests/rl -k name'] lint, then the tests, or some of them; ARGS='-n 8' on 8 cores"
 	@echo "make lint | format                  check | rewrite the code's format"
 	@echo "make clean                          remove the environment, build outputs and caches (runs are kept)"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.10 to 3.12)"
@@ -24,8 +24,10 @@ help:
 train: $(STAMP)
 	$(IN_VENV) deepspeed engine/train.py $(ARGS)
 
+# Two processes of one thread each, which take a file of tests in turn. The files stay in order: by default xdist starts
+# with those of many tests, and would end with the one test of the interpreter, which takes minutes.
 test: lint
-	$(IN_VENV) pytest $(ARGS)
+	$(IN_VENV) OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
