@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.machine import processor
 from engine.run_directory import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ def machine(device: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "-m", f"{_module()}", *sys.argv[1:]]),
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
     }
     result["torch"] = torch.__version__  # with what it was built for, which the package's version may not tell
@@ -46,13 +47,6 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 def _module() -> str:
     main = sys.modules["__main__"]
     return main.__spec__.name.removesuffix(".__main__") if main.__spec__ else Path(sys.argv[0]).name
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _commit() -> str:

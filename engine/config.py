@@ -39,7 +39,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config | None = None, o
     Raises:
         EngineError: unreadable file, unknown key (the nearest valid one is named), or a value that is not allowed.
     """
-    tree = _tree(CONFIGS / "digits.yaml" if source is None else source)
+    tree = read_tree(CONFIGS / "digits.yaml" if source is None else source)
     for override in overrides:
         _apply(tree, override)
     _reject_unknown(tree)
@@ -54,7 +54,12 @@ def valid_keys() -> list[str]:
     return list(_keys(Config, ""))
 
 
-def _tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+def read_tree(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+    """The keys that a source sets, as nested mappings; not checked.
+
+    Raises:
+        EngineError: a file that cannot be read.
+    """
     if isinstance(source, Config):
         return source.as_dict()
     if isinstance(source, Mapping):
@@ -80,14 +85,23 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of `key=value`.
+
+    Raises:
+        EngineError: it is not of that form, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise EngineError(f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-5")
     try:
-        value = yaml.load(text, _Loader)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise EngineError(f"the value of override {override!r} is not YAML") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
     *sections, name = key.split(".")
     _known(key)
     for section in sections:

@@ -43,6 +43,7 @@ from engine.models.pipelines import Pipeline
 from engine.precision import DTYPES
 from engine.roles import Roles, fit, load_exported, load_teacher
 from engine.run_directory import write_atomically
+from engine.settings import Student
 from engine.sources import Source, encode_prompts, load_sources
 
 SHOWN = 10
@@ -119,6 +120,11 @@ class Evaluator:
                 print(f"warning: {warning}", flush=True)
 
     @property
+    def teacher(self) -> Denoiser:
+        """Who draws the paired targets; its other rows are kept, too."""
+        return self._target.denoiser
+
+    @property
     def passes(self) -> int:
         """Network evaluations of one latent so far, over all ranks."""
         return self._drawing.passes
@@ -161,14 +167,22 @@ class Evaluator:
             metrics |= {"sampler": kind, "encoders": by_encoder}
         return Row(metrics, drawn.shown)
 
-    def student_row(self, student: Denoiser, steps: int | None = None, *, weights: str | None = None) -> Row:
+    def student_row(
+        self,
+        student: Denoiser,
+        steps: int | None = None,
+        *,
+        settings: Student | None = None,
+        weights: str | None = None,
+    ) -> Row:
         """Evaluate a student with its own sampler, as student.sampler and student.guidance have it.
 
         Args:
             steps: None: student.steps.
+            settings: of a student of another run; None: of the configuration.
             weights: as for `row`.
         """
-        settings = self.config.student
+        settings = settings or self.config.student
         kind, eta = ("renoise", 1.0) if settings.sampler == "renoise" else (ODE, 0.0)
         steps = steps or settings.steps
         return self.row(student, steps, guidance=settings.guidance, kind=kind, eta=eta, weights=weights)

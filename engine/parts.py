@@ -16,7 +16,7 @@ from engine.learner import Learner
 from engine.objectives.catalogue import objective_class
 from engine.objectives.contract import Objective, Role
 from engine.precision import DTYPES
-from engine.roles import Roles
+from engine.roles import Roles, fit_role
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,17 @@ class Parts:
     def _part(self, kind: str, objective: Callable, weight: float, band: tuple[float, float]) -> Part:
         learners, networks = {}, {}
         for name, role in self._roles[kind].items():
-            network = self._built[kind][name]
+            network, config = self._built[kind][name], _for_role(self.config, role)
+            fit_role(network, config, trained=role.lr is not None)
             if role.lr is None:
-                dtype = DTYPES[role.precision or self.config.precision]
-                networks[name] = network.requires_grad_(False).to(ranks.device(), dtype)
+                networks[name] = network.requires_grad_(False).to(ranks.device(), DTYPES[config.precision])
             else:
+                for parameter in network.parameters():
+                    if parameter.requires_grad:  # a frozen base under adapters may be rounded or quantised
+                        parameter.data = parameter.data.float()
                 learners[name] = Learner(
-                    _for_role(self.config, role),
-                    network.float(),
+                    config,
+                    network,
                     micro_batch=min(self.config.train.micro_batch, self._examples(kind)),
                     accumulation=math.ceil(self._examples(kind) / self.config.train.micro_batch),
                 )
@@ -158,10 +161,10 @@ def load_engine(learner: Learner, folder: Path, tag: str) -> None:
 
 
 def _for_role(config: Config, role: Role) -> Config:
-    """The run's configuration with the role's own learning rate and precision."""
+    """The run's configuration with the role's own learning rate, if it has one, and precision."""
     return config.model_copy(
         update={
-            "optimizer": config.optimizer.model_copy(update={"lr": role.lr}),
+            "optimizer": config.optimizer.model_copy(update={"lr": role.lr or config.optimizer.lr}),
             "precision": role.precision or config.precision,
             "model": config.model.model_copy(update={"channels_last": False}),
         }

@@ -90,7 +90,7 @@ def write_samples(path: str | os.PathLike[str], rows: Mapping[str, Tensor], colu
     axes.set_yticks([i * (height + GAP_PIXELS) + height / 2 for i in range(len(rows))], list(rows))
     axes.tick_params(length=0, labelsize=11, labelcolor=INK, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def write_curves(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, float]]) -> None:
@@ -125,7 +125,7 @@ def write_curves(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, fl
         axes.tick_params(labelsize=8)
         if index >= len(points) - columns:  # nothing stands below these
             axes.set_xlabel("iteration", fontsize=9)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def summary_table(summary: Mapping) -> str:
@@ -210,7 +210,8 @@ def _drawable(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _write(figure: Figure, path: str | os.PathLike[str]) -> None:
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all; its folder is made when it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

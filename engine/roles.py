@@ -135,15 +135,12 @@ def fit(roles: Roles, config: Config) -> list[str]:
         EngineError: names the key that a network cannot follow.
     """
     device, lines = ranks.device(), {}
-    attention = config.model.attention
-    if attention == "auto" and config.model.compile:
-        attention = "sdpa"  # xformers' choice of an operator cannot be traced
     for role in (roles.student, roles.teacher, roles.reference):
         if role is None or id(role.network) in lines:
             continue
         try:
             dtype = weights_dtype(config) if role is roles.teacher else DTYPES[config.precision]
-            operator = set_attention(role.network, attention, device=device, dtype=dtype)
+            operator = set_attention(role.network, _attention(config), device=device, dtype=dtype)
             lines[id(role.network)] = f"attention: {operator}"
             prepare_network(
                 role.network,
@@ -163,6 +160,36 @@ def fit(roles: Roles, config: Config) -> list[str]:
         roles.pipeline.vae.to(device)
         prepare_vae(roles.pipeline.vae, slicing=config.vae.slicing, tiling=config.vae.tiling)
     return list(dict.fromkeys(lines.values()))
+
+
+def fit_role(network: nn.Module, config: Config, *, trained: bool) -> None:
+    """Prepare the network of an objective's role as `model` says, for this rank's device; what is no network of
+    diffusers, in it or all of it, stays as it is.
+
+    Raises:
+        EngineError: names the key that it cannot follow.
+    """
+    from diffusers import ModelMixin
+
+    device = ranks.device()
+    for part in network.modules():
+        if not isinstance(part, ModelMixin):
+            continue
+        try:
+            set_attention(part, _attention(config), device=device, dtype=DTYPES[config.precision])
+            prepare_network(
+                part,
+                gradient_checkpointing=config.model.gradient_checkpointing and trained,
+                compile=config.model.compile,
+            )
+        except ValueError as error:
+            raise EngineError(f"model: {error}") from None
+        fuse_kernels(part, config.model.fused_kernels, device)
+
+
+def _attention(config: Config) -> str:
+    # xformers' choice of an operator cannot be traced
+    return "sdpa" if config.model.attention == "auto" and config.model.compile else config.model.attention
 
 
 def fuse_kernels(network: nn.Module, choice: str, device: torch.device) -> None:

@@ -85,6 +85,21 @@ class Pipeline:
         parts = latents.split(batch_size or len(latents))
         return torch.cat([(self._decode(part).float() / 2 + 0.5).clamp(0, 1) for part in parts])
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W) fp32 of images (B, 1 or 3, H', W') in [0, 1]: the inverse of `decode`, as far as the
+        autoencoder is one; of a distribution of latents, the mode."""
+        images = 2 * images.float() - 1
+        if self.vae is None:
+            return images
+        config, weight = self.vae.config, next(self.vae.parameters())
+        encoded = self.vae.encode(images.to(weight.device, weight.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        mean, std = self._statistics(latents)
+        if mean is not None:
+            return ((latents - mean) * config.scaling_factor / std).float()
+        return ((latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor).float()
+
     def save_student(self, directory: str | Path, network: nn.Module, *, renoise: bool = False) -> None:
         """Write a student as a whole directory that stock diffusers loads and samples as we do.
 
@@ -171,13 +186,19 @@ class Pipeline:
             return latents
         config, weight = self.vae.config, next(self.vae.parameters())
         latents = latents.to(weight.device, weight.dtype)
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:  # fine-tuned SDXL autoencoders have them
-            mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
+        mean, std = self._statistics(latents)
+        if mean is not None:
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self.vae.decode(latents, return_dict=False)[0]
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Mean and deviation of the autoencoder's own latents, where it has them, as fine-tuned ones of SDXL do."""
+        mean, std = (self.vae.config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return None, None
+        return tuple(torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
 
     def _text(self) -> TextEncoders:
         if self.text is None:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from engine import zero
 from engine.objectives.chain import Chain, walk
 from engine.rl import GaussianPolicy
 from engine.rl.rollout import rollout
+
+DIT = ("teacher.resolution=[16, 16]", "reward.terms={pixel: 1}", "rollout.conditions=2", "train.batch_size=4")
 
 
 class Linear(torch.nn.Module):
@@ -31,7 +34,8 @@ def latents(*shape) -> torch.Tensor:
 @pytest.mark.parametrize("sampler", ["ode", "renoise"])
 @pytest.mark.parametrize("guidance", [1, 2.5])
 def test_the_chain_ends_where_a_rollout_with_the_same_noise_does(start, sampler, guidance):
-    trainer = start("objective.kind=regression", f"student.sampler={sampler}", f"student.guidance={guidance}")
+    how = (f"student.sampler={sampler}", f"student.guidance={guidance}", "train.batch_size=8")
+    trainer = start("objective.kind=regression", *how)
     chain = Chain(trainer.parts["regression"].objective.context, "regression", None)
     examples = chain.draw(0)
     stochastic = chain.policy.stochastic.nonzero().flatten().tolist()
@@ -44,7 +48,8 @@ def test_the_chain_ends_where_a_rollout_with_the_same_noise_does(start, sampler,
         guidance=guidance,
         step_noise=lambda step: examples["noise"][:, stochastic.index(step)],
     )
-    torch.testing.assert_close(chain.final(examples), drawn.final, rtol=0, atol=1e-6)
+    # the first image that a renoising student predicts is x / 0.006
+    torch.testing.assert_close(chain.final(examples), drawn.final, rtol=0, atol=1e-6 * drawn.final.abs().max().item())
 
 
 @pytest.mark.parametrize("gradient_steps", [1, 2, 3, 4, None])
@@ -70,18 +75,42 @@ def test_the_noise_of_stochastic_steps_enters_in_their_order():
 
 
 def test_an_optimizer_step_draws_the_same_each_time_and_another_one_something_else(start):
-    context = start("objective.kind=regression", "student.sampler=renoise").parts["regression"].objective.context
+    trainer = start("objective.kind=regression", "student.sampler=renoise", "train.batch_size=4")
+    context = trainer.parts["regression"].objective.context
     first, again, other = (Chain(context, "regression", None).draw(number) for number in (3, 3, 4))
     for name in ("index", "initial", "target", "noise"):
         assert torch.equal(first[name], again[name])
         assert not torch.equal(first[name], other[name])
+    assert not torch.equal(first["noise"][:, 0], first["noise"][:, 1])
     assert torch.equal(first["initial"], context.pool.initial_noise(first["index"]))
 
 
 def test_passes_are_counted_for_the_steps_that_have_a_gradient(start):
-    trainer = start("objective.kind=regression", "objective.regression.gradient_steps=2", "student.guidance=2")
+    how = ("objective.regression.gradient_steps=2", "student.guidance=2", "train.batch_size=8")
+    trainer = start("objective.kind=regression", *how)
     row = trainer.train_iteration()
-    updates, batch, guided = 2, trainer.config.train.batch_size, 2
+    updates, batch, guided = 2, 8, 2
     assert row["passes/student_forward"] == updates * batch * 3 * guided
     assert row["passes/student_backward"] == updates * batch * 2 * guided
     assert row["passes/teacher"] == trainer.pool.size * 6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_partitioned_weights_learn_through_several_steps_as_whole_ones_do(start, stage):
+    how = ("objective.kind=regression", "train.batch_size=8", "train.micro_batch=3", "iterations=1")
+    whole, partitioned = start(*how), start(*how, f"zero.stage={stage}")
+    assert whole.train_iteration()["loss/loss"] == pytest.approx(partitioned.train_iteration()["loss/loss"], rel=1e-5)
+    expected = dict(zero.full_parameters(whole.engine))
+    for name, value in zero.full_parameters(partitioned.engine):
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_recomputed_activations_leave_the_gradient_as_it_is(start, tiny_pipeline, lora):
+    how = ("objective.kind=regression", f"teacher.path={tiny_pipeline('dit')}", *DIT, f"lora.rank={lora}")
+    plain, recomputed = start(*how), start(*how, "model.gradient_checkpointing=true")
+    for trainer in (plain, recomputed):
+        trainer.train_iteration()
+    expected = dict(zero.full_parameters(plain.engine))
+    for name, value in zero.full_parameters(recomputed.engine):
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-5)

@@ -43,7 +43,7 @@ def test_the_gradient_is_that_of_stock_networks_and_schedulers(start, tiny_teach
     trainer = start(KIND, f"objective.regression.gradient_steps={gradient_steps}", "train.batch_size=8")
     objective = trainer.parts["regression"].objective
     examples = objective.draw("student", 0)
-    objective.loss("student", examples).loss.backward()
+    trainer.engine.backward(objective.loss("student", examples).loss)
 
     pipeline = load_pipeline(tiny_teacher)
     network, scheduler, x = pipeline.denoiser.network.train(False), pipeline.scheduler, examples["initial"]
@@ -67,9 +67,10 @@ def test_a_few_conditions_are_learned(start, tiny_flow_teacher, schedule):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("lora", [0, 2])
-def test_a_transformer_trains(start, tiny_pipeline, lora):
-    trainer = start(KIND, f"teacher.path={tiny_pipeline('dit')}", *DIT, f"lora.rank={lora}", "train.micro_batch=3")
+@pytest.mark.parametrize(("lora", "precision"), [(0, "fp32"), (2, "bf16")])
+def test_a_transformer_trains(start, tiny_pipeline, lora, precision):
+    how = (f"lora.rank={lora}", f"precision={precision}", f"teacher.precision={precision}", "train.micro_batch=3")
+    trainer = start(KIND, f"teacher.path={tiny_pipeline('dit')}", *DIT, *how)
     rows = [trainer.train_iteration() for _ in range(2)]
     assert all(row["grad_norm"] > 0 for row in rows)
     assert rows[1]["loss/loss"] != rows[0]["loss/loss"]

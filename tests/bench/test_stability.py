@@ -1,0 +1,51 @@
+"""What is said of training curves, and the variants that are compared."""
+
+import statistics
+
+import pytest
+
+from bench import stability
+from engine.comparing.settings import read
+
+
+def curve(*points: tuple[float, float]) -> list[dict]:
+    return [
+        {"iteration": 10 * (place + 1), "reward": reward, "training_reward": 2 * reward, "student": {"fd": fd}}
+        for place, (reward, fd) in enumerate(points)
+    ]
+
+
+CURVES = {
+    "a": {0: curve((0.1, 3.0), (0.3, 2.0), (0.2, 4.0)), 1: curve((0.1, 1.0), (0.2, 2.0), (0.3, 5.0))},
+    "b": {0: curve((0.1, 3.0))},
+}
+
+
+def test_early_stopping_takes_the_best_held_out_reward_and_not_the_lowest_distance():
+    a, b = stability.summary(CURVES)
+    assert a["early_stop"]["mean"] == statistics.mean([2.0, 5.0])
+    assert a["early_stop_iteration"]["mean"] == statistics.mean([20, 30])
+    assert a["lowest"]["mean"] == statistics.mean([2.0, 1.0])
+    assert a["last"] == {"mean": 4.5, "std": pytest.approx(statistics.stdev([4.0, 5.0]))}
+    assert a["rise"]["mean"] == statistics.mean([2.0, 4.0])
+    assert a["training_reward"]["mean"] == pytest.approx(0.5)
+    assert b["last"] == {"mean": 3.0, "std": None}
+
+
+def test_the_picture_is_drawn(tmp_path):
+    stability.picture(tmp_path / "curves.png", CURVES)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_variants_differ_in_how_they_train_and_in_nothing_else():
+    comparison = read(stability.VARIANTS, [])
+    assert comparison.settings.every > 0
+    trained = [config.model_dump(exclude={"objective", "policy", "train"}) for config in comparison.methods.values()]
+    assert all(one == trained[0] for one in trained)
+    methods = list(comparison.methods.values())
+    assert all(one != other for place, one in enumerate(methods) for other in methods[:place])
+
+
+@pytest.mark.parametrize("file", sorted(stability.VARIANTS.parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_comparison_can_be_asked_for(file):
+    assert read(file, []).jobs({})
