@@ -133,9 +133,8 @@ class Progressive(Objective):
 
     def begin(self, iteration: int) -> dict[str, float]:
         """Go on to the next stage where it is time, and draw the teacher's trajectories of a stage that is new."""
-        # not back, if a resumed run has more iterations
-        stage = max(self._stage, iteration * len(self._stages) // self.context.config.iterations)
-        if stage > self._stage:
+        stage = iteration * len(self._stages) // self.context.config.iterations
+        if stage > self._stage:  # and not back, where a resumed run has more iterations
             self._stage = stage
             self._promote()
             self._enter()

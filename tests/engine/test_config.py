@@ -150,7 +150,7 @@ def test_every_key_has_a_docstring_where_it_is_declared():
 
 
 @pytest.mark.usefixtures("quick_finish")
-def test_every_key_is_read_by_a_run(tmp_path, tiny_config, tiny_pipeline, monkeypatch):
+def test_every_key_is_read_by_a_run(tmp_path, tiny_config, tiny_pipeline, clip, monkeypatch):
     """What only refuses keys, each alone or with others, is no reader."""
     read, checking = set(), {Config.__module__, Objective.__module__, "engine.conflicts"}
 
@@ -176,6 +176,8 @@ def test_every_key_is_read_by_a_run(tmp_path, tiny_config, tiny_pipeline, monkey
         "train.ratio_tolerance=0.01",
     ]
     distilling = ["iterations=1", "train.batch_size=4", "objective.progressive.stages=[3]"]
+    distilling += ["objective.regression.loss=huber", "objective.vardiu.posterior.head=flow"]
+    distilling += [f"objective.flash_dmd.encoder={{path: {clip}, layers: [1]}}"]
     distilling += [f"objective.joined.{kind}=1" for kind in get_args(Kind) if kind not in REWARDED]
     settings = ([], smaller, adapted, distilling)
     configs = [tiny_config(tmp_path / f"run{i}", *overrides) for i, overrides in enumerate(settings)]
