@@ -120,7 +120,7 @@ class _Run:
             self._start_critic()
         else:
             self.helper = Posterior(HEADS[method.head](), schedule.width)
-        self.optimizers = {network: torch.optim.Adam(network.parameters()) for network in (self.generator, self.helper)}
+        self.optimizers = {network: torch.optim.Adam(network.parameters(), fused=True) for network in (self.generator, self.helper)}
         self.passes = dict.fromkeys(("generator", "posterior" if method.head else "critic", "teacher"), 0)
 
     def step(self, progress: float) -> None:

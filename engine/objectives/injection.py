@@ -13,7 +13,7 @@ from engine import zero
 
 @torch.no_grad()
 def inject(critic: Any, student: Any, keep: float) -> None:
-    """psi <- keep psi + (1 - keep) theta, for all that the student trains (Flash-DMD, arXiv 2511.20549, section 3.2).
+    """psi <- keep psi + (1 - keep) theta, for all that the student trains (Flash-DMD, arXiv 2511.20549).
 
     It is done in the weights that the optimizer works on, and the network computes with the result; the optimizer's
     means stay.
