@@ -2,8 +2,8 @@
 
     python -m bench.results [--check]
 
-The template, docs/results.md.in, is Markdown with placeholders `{{name argument ...}}`, arguments with spaces in quotes;
-a FILE is the name of a file in bench/results without `.json`:
+The template, docs/results.md.in, is Markdown with placeholders `{{name argument ...}}`; arguments with spaces stand in
+quotes, and a FILE is the name of a file in bench/results without `.json`:
 
     {{table FILE}}                      table of a comparison (engine.compare)
     {{figure FILE METHOD NAME [BUDGET]}}    mean ± deviation of one figure; METHOD may be one of the teacher's rows

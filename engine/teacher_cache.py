@@ -61,7 +61,10 @@ class TeacherCache:
         A file that cannot be read, or whose shape is another, is drawn again.
         """
         names = [self._name(pool, int(i)) for i in indices]
-        missing = [row for row, name in enumerate(names) if not self._load(name, pool.latent_shape)]
+        # by name: a condition that comes twice is drawn once
+        missing = list(
+            {name: row for row, name in enumerate(names) if not self._load(name, pool.latent_shape)}.values()
+        )
         if missing:
             rows = indices[torch.tensor(missing)]
             condition = {name: value.to(device) for name, value in pool.condition(rows).items()}

@@ -62,6 +62,14 @@ def test_each_condition_is_drawn_once(cache, pool):
     assert len(files(first)) == 5
 
 
+def test_a_condition_that_is_asked_for_twice_at_once_is_drawn_once(cache, pool):
+    drawing = cache()
+    twice = draw(drawing, pool, 3, 5, 3)
+    assert drawing.passes == 2 * STEPS
+    assert torch.equal(twice[0], twice[2])
+    assert torch.equal(twice, draw(cache(), pool, 3, 5, 3))
+
+
 def test_a_new_process_reads_what_another_has_drawn(cache, pool):
     drawn = draw(cache(), pool, 0, 3, 7)
     second = cache()
