@@ -153,6 +153,6 @@ def _warn(directory: Path, kind: str, name: str, config: Mapping[str, Any], chan
     if reasons:
         warnings.warn(
             f"{directory}/scheduler: {', '.join(reasons)}; the sampler takes the steps of a {name}, which are affine "
-            "and cut nothing, so its images differ from those of the stock scheduler. Exports name the one that they need",
+            "and cut nothing, so its images differ from those of the stock scheduler. Exports name the one they need",
             stacklevel=3,
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 SPREAD = 23.0  # standard deviation of the target's coordinates, about; the scale of inputs and outputs
 NOISE = 2  # elements of the generator's noise
-SHARPNESS = 4.0  # factor on inputs, without which these networks are too smooth at first to tell 40 modes apart
+SHARPNESS = 8.0  # factor on inputs, without which these networks are too smooth at first to tell 40 modes apart
 
 
 def perceptron(inputs: int, outputs: int, width: int) -> nn.Sequential:

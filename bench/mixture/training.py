@@ -35,14 +35,16 @@ class Method:
     Attributes:
         head: VarDiU with this posterior of HEADS; None: Diff-Instruct.
         updates: steps of the posterior or of the critic for each of the generator.
-        lr: of the generator at the start; it falls to 0 along a cosine, as helper_lr does.
+        lr: of the generator; after Schedule.hold it falls to 0 along a cosine, as helper_lr does.
         helper_lr: of posterior or critic.
+        longer: factor on the schedule's steps.
     """
 
     head: str | None
     updates: int
     lr: float
     helper_lr: float
+    longer: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Schedule:
     """What all methods share.
 
     Attributes:
-        steps: of the generator.
+        steps: of the generator, where a method does not ask for more.
         batch: samples of a step.
         width: of all networks.
         low, high: noise levels.
         power: of `annealed_level`.
-        weight: of `level_weight`, sigma / high.
+        weight: of `level_weight`, by sigma / high.
+        ramp: share of the run after which the power stays.
+        hold: share of the run after which the learning rates fall.
         decay: of the generator's averaged weights, which are judged.
         critic_start: steps of regression on the exact denoiser that a critic starts with.
     """
@@ -67,6 +71,8 @@ class Schedule:
     high: float
     power: tuple[float, float]
     weight: str
+    ramp: float
+    hold: float
     decay: float
     critic_start: int
 
@@ -100,13 +106,14 @@ def train(
         torch.manual_seed(seed)
         run = _Run(method, schedule, target)
         averaged = copy.deepcopy(run.generator).requires_grad_(False)
-        for step in range(schedule.steps):
-            run.step(step / schedule.steps)
+        steps = round(schedule.steps * method.longer)
+        for step in range(steps):
+            run.step(step / steps)
             share = 1 - min(schedule.decay, (step + 1) / (step + 10))
             with torch.no_grad():
                 for mean, value in zip(averaged.parameters(), run.generator.parameters(), strict=True):
                     mean.lerp_(value, share)
-            if (step + 1) % (schedule.steps // 10) == 0:
+            if (step + 1) * 10 % steps < 10:
                 watch(step + 1, averaged)
     return Result(averaged, time.process_time() - began, run.passes)
 
@@ -120,12 +127,14 @@ class _Run:
             self._start_critic()
         else:
             self.helper = Posterior(HEADS[method.head](), schedule.width)
-        self.optimizers = {network: torch.optim.Adam(network.parameters(), fused=True) for network in (self.generator, self.helper)}
+        networks = (self.generator, self.helper)
+        self.optimizers = {network: torch.optim.Adam(network.parameters(), fused=True) for network in networks}
         self.passes = dict.fromkeys(("generator", "posterior" if method.head else "critic", "teacher"), 0)
 
     def step(self, progress: float) -> None:
         """One step of the generator, and those of posterior or critic that belong to it."""
-        share = (1 + math.cos(math.pi * progress)) / 2
+        hold = self.schedule.hold
+        share = (1 + math.cos(math.pi * max(0.0, (progress - hold) / (1 - hold)))) / 2
         for (_, optimizer), lr in zip(self.optimizers.items(), (self.method.lr, self.method.helper_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * share
         (self._diff_instruct if self.method.head is None else self._vardiu)(progress)
@@ -166,7 +175,7 @@ class _Run:
         schedule = self.schedule
         z, noise = torch.randn(schedule.batch, NOISE), torch.randn(schedule.batch, 2)
         uniform = torch.rand(schedule.batch)
-        sigma = annealed_level(uniform, progress, schedule.low, schedule.high, schedule.power)
+        sigma = annealed_level(uniform, min(progress / schedule.ramp, 1.0), schedule.low, schedule.high, schedule.power)
         image = self.generator(z)
         return z, image, noise, sigma, image + sigma.unsqueeze(1) * noise
 
