@@ -190,7 +190,8 @@ def test_renoising_keeps_the_total_noise_of_what_it_takes_for_the_image(steps, e
     image, noise = 0.3, (1 - 0.3 * a_t.sqrt()) / (1 - a_t).sqrt()
     pred = {"epsilon": noise, "v_prediction": a_t.sqrt() * noise - (1 - a_t).sqrt() * image, "sample": image}
     scaled = 10.0 * torch.tensor(steps, dtype=torch.float64)
-    predicted = (0.25 + image * scaled * (scaled**2 + 0.25).sqrt()) / (scaled**2 + 0.25)  # c_skip x + c_out image, x = 1
+    # c_skip x + c_out image, with x = 1
+    predicted = (0.25 + image * scaled * (scaled**2 + 0.25).sqrt()) / (scaled**2 + 0.25)
     mean = policy.a + policy.b * pred[prediction_type]
     kept = (1 - predicted * a_t.sqrt()) / (1 - a_t).sqrt()
     expected = a_s.sqrt() * predicted + (1 - a_s).sqrt() * math.sqrt(1 - eta**2) * kept
