@@ -37,8 +37,9 @@ def bench_digits():
 def test_the_control_keeps_each_group_and_loses_the_order(bench_digits):
     advantage = torch.randn(6 * 8, generator=torch.Generator().manual_seed(0))
     config = SimpleNamespace(rollout=SimpleNamespace(group_size=8), seed=3)
-    trainer = SimpleNamespace(config=config, iteration=2)
-    shuffled = bench_digits.shuffled_advantages(lambda trainer: advantage)(trainer)
+    objective, batch = SimpleNamespace(context=SimpleNamespace(config=config)), SimpleNamespace(iteration=2)
+    shuffle = bench_digits.shuffled_advantages(lambda objective, rewards, batch: advantage)
+    shuffled = shuffle(objective, None, batch)
     assert torch.equal(shuffled.view(6, 8).sort(1).values, advantage.view(6, 8).sort(1).values)
     assert (shuffled != advantage).float().mean() > 0.5
-    assert torch.equal(shuffled, bench_digits.shuffled_advantages(lambda trainer: advantage)(trainer))
+    assert torch.equal(shuffled, shuffle(objective, None, batch))

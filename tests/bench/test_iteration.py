@@ -95,11 +95,11 @@ def test_the_plain_log_prob_is_that_of_a_normal():
 def test_the_plain_update_has_the_gradient_of_our_loss():
     teacher = teacher_of(TINY_DIT)
     ours = measure.build("ours_all_steps", TINY_DIT, 0, teacher).trainer
-    batch, policy, size = ours.collector.draw_conditions(0), ours.policies[0], 4
+    batch, policy, size = ours.collector.draw_conditions(0), ours.objective.policies[0], 4
     trajectory = ours.collector.roll_out(batch, policy)
     advantage = torch.randn(8, generator=torch.Generator().manual_seed(0))
     pairs = torch.arange(len(trajectory.step))
-    arguments = {"guidance": 1.0, "clip_range": 0.2, "weights": ours.step_weights}
+    arguments = {"guidance": 1.0, "clip_range": 0.2, "weights": ours.objective.step_weights}
     student = teacher.with_network(fp32_copy(teacher))  # DeepSpeed's engine allows no backward but its own
     pair_loss(student, policy, trajectory, pairs, batch.condition, advantage, **arguments).loss.backward()
 

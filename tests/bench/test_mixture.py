@@ -81,7 +81,7 @@ def test_a_run_repeats_and_moves_towards_the_target(target, name):
     for first, second in zip(*ends, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     first, last = ends[0][0], ends[0][-1]
-    assert last.std() > 2 * first.std()  # it starts near 0 and must spread over [-40, 40]
+    assert last.std() > 1.5 * first.std()  # it starts near 0 and must spread over [-40, 40]
 
 
 def test_passes_are_those_of_the_updates(target):

@@ -154,7 +154,7 @@ def test_a_run_on_a_gpu_prints_its_memory_plan_and_warns_when_it_is_too_large(
     properties = type("Properties", (), {"total_memory": 2**20})
     monkeypatch.setattr("engine.ranks.device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
-    monkeypatch.setattr("engine.distillation.load_roles", stop)
+    monkeypatch.setattr("engine.building.load_roles", stop)
     overrides = arguments("sd", tiny_pipeline("sd"), prompts, tmp_path / "run")
     with pytest.raises(Loaded):
         engine.distill(engine.load_config(None, overrides))

@@ -1,5 +1,6 @@
 """Traced peaks of memory, held against those of PyTorch's allocator on real tensors."""
 
+import gc
 import json
 from functools import partial
 
@@ -75,6 +76,7 @@ def measured(computation, network, folder):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(take_over)
     computation()
+    gc.collect()  # what other tests left would be freed in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         computation()
     profiler.export_chrome_trace(str(folder / "trace.json"))
