@@ -80,14 +80,14 @@ def annealed_level(uniform: Tensor, progress: float, low: float, high: float, po
     return low + uniform ** (start * (end / start) ** progress) * (high - low)
 
 
-def make_head(settings: Settings, channels: int, *, image: bool = True) -> nn.Module:
+def make_head(settings: Settings, channels: int) -> nn.Module:
     """The density of `objective.vardiu.posterior` over latents of C channels."""
     if settings.head == "gaussian":
         return GaussianPosterior(channels)
     if settings.head == "mixture":
         return MixturePosterior(channels, settings.components)
     return FlowPosterior(
-        channels, layers=settings.layers, components=settings.components, width=settings.width, image=image
+        channels, layers=settings.layers, components=settings.components, width=settings.width, image=True
     )
 
 
