@@ -9,7 +9,9 @@ is the iteration with the best reward on held-out conditions, which no update ha
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.record import machine, write_json
-from engine.compare import compare
+from engine.compare import RESULT
 from engine.comparing.picture import COLORS
 from engine.comparing.settings import read
 from engine.report import INK, write_figure
@@ -99,7 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="PNG of the curves")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
-    result = compare(read(VARIANTS, options.overrides))
+    folder = read(VARIANTS, options.overrides).output_dir
+    # A command of its own: its workers import what starts them, which this module, outside of the package, is not.
+    words = ["--config", str(VARIANTS), *options.overrides, f"output_dir={folder}"]
+    done = subprocess.run([sys.executable, "-m", "engine.compare", *words], check=False)
+    if done.returncode == 2:
+        return 2
+    result = json.loads((folder / RESULT).read_text())
     curves: dict[str, dict[int, Any]] = {}
     for run in result["runs"]:
         curves.setdefault(run["method"], {})[run["seed"]] = run["curve"]
@@ -112,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.json, record)
     if options.picture is not None:
         picture(options.picture, curves)
-    return 1 if result["failed"] else 0
+    return done.returncode
 
 
 if __name__ == "__main__":

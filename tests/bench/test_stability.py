@@ -1,10 +1,14 @@
 """What is said of training curves, and the variants that are compared."""
 
+import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 
 from bench import stability
+from bench.record import ROOT
 from engine.comparing.settings import read
 
 
@@ -49,3 +53,17 @@ def test_the_variants_differ_in_how_they_train_and_in_nothing_else():
 @pytest.mark.parametrize("file", sorted(stability.VARIANTS.parent.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_comparison_can_be_asked_for(file):
     assert read(file, []).jobs({})
+
+
+def test_the_command_compares_and_writes_what_came_of_it(tmp_path):
+    small = (
+        "teacher.steps=4", "student.steps=3", "iterations=2", "rollout.pool=4", "rollout.conditions=2",
+        "rollout.group_size=2", "evaluation.samples=100", "evaluation.held_out=8",
+    )  # fmt: skip
+    own = ("compare.methods=[grpo]", "compare.seeds=[0]", "compare.workers=1", "compare.every=1")
+    files = ("--json", tmp_path / "out.json", "--picture", tmp_path / "out.png", f"output_dir={tmp_path / 'runs'}")
+    subprocess.run([sys.executable, "-m", "bench.stability", *map(str, files), *small, *own], cwd=ROOT, check=True)
+    [row] = json.loads((tmp_path / "out.json").read_text())["stability"]
+    assert (row["method"], row["seeds"]) == ("grpo", [0])
+    assert row["early_stop_iteration"]["mean"] in (1, 2)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
