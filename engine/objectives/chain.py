@@ -86,19 +86,32 @@ class Chain:
 
     def final(self, examples: Examples) -> Tensor:
         """The student's final latents (B, C, H, W) fp32, with gradients; their passes are counted."""
-        student, guidance = self.context.student, self.context.config.student.guidance
-        evaluations = len(examples) * student.passes(guidance)
-        self.context.account.passes["student_forward"] += evaluations * len(self.policy.timesteps)
-        self.context.account.passes["student_backward"] += evaluations * self.gradient_steps
-        return walk(
-            student,
-            self.policy,
-            examples["initial"],
-            examples.condition,
-            guidance=guidance,
-            noise=examples.values.get("noise"),
-            gradient_steps=self.gradient_steps,
-        )
+        return walk_student(self.context, self.policy, examples, examples.values.get("noise"), self.gradient_steps)
+
+
+def walk_student(
+    context: Context, policy: GaussianPolicy, examples: Examples, noise: Tensor | None, gradient_steps: int
+) -> Tensor:
+    """`walk` of the student from the examples' `initial`; counts the passes.
+
+    Args:
+        noise: as `walk`'s.
+        gradient_steps: number of last steps that gradients pass through, where they are enabled.
+    """
+    student, guidance = context.student, context.config.student.guidance
+    evaluations = len(examples) * student.passes(guidance)
+    context.account.passes["student_forward"] += evaluations * len(policy.timesteps)
+    if torch.is_grad_enabled():
+        context.account.passes["student_backward"] += evaluations * gradient_steps
+    return walk(
+        student,
+        policy,
+        examples["initial"],
+        examples.condition,
+        guidance=guidance,
+        noise=noise,
+        gradient_steps=gradient_steps,
+    )
 
 
 def per_latent(values: Tensor, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ step: the gradients of their weighted losses add up in it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -39,13 +40,11 @@ class Role:
         build: makes it from the run's networks, fp32 on the CPU, alike on every rank.
         lr: learning rate at the start, which falls as the student's does; None: nothing steps it by a gradient.
         precision: that it computes in; None: the student's.
-        copies_teacher: it is as large as the teacher, which the memory plan counts.
     """
 
     build: Callable[[Roles], nn.Module]
     lr: float | None
     precision: str | None = None
-    copies_teacher: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Context:
     band: tuple[float, float] = (0.0, 1.0)
 
 
-class Objective:
+class Objective(ABC):
     """One way to learn; its methods are called by all ranks together.
 
     Attributes:
@@ -165,6 +164,7 @@ class Objective:
         """The roles whose optimizers are stepped before each step of the student's, in order; always the same."""
         return ()
 
+    @abstractmethod
     def draw(self, role: str, number: int) -> Examples:
         """What one optimizer step of a role is computed from; called without gradients.
 
@@ -173,11 +173,10 @@ class Objective:
             number: of this role's optimizer step since the start of the run, counted from 0. All randomness is
                 addressed by it, so that a resumed run goes on exactly.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, role: str, examples: Examples) -> Loss:
         """The loss of a micro-batch; the parameters of its other roles have requires_grad off."""
-        raise NotImplementedError
 
     def check(self, figures: Mapping[str, float]) -> None:
         """Before the student's optimizer step, with the step's figures and worst: raise EngineError to refuse it."""

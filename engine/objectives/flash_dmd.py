@@ -56,7 +56,7 @@ class FlashDmd(Objective):
     @staticmethod
     def roles(config: Config) -> Mapping[str, Role]:
         settings = config.objective.flash_dmd
-        heads = Role(partial(_build_heads, config=config), lr=settings.discriminator_lr, copies_teacher=False)
+        heads = Role(partial(_build_heads, config=config), lr=settings.discriminator_lr)
         return {CRITIC: critic_role(config, settings.critic), DISCRIMINATOR: heads}
 
     def before_student(self) -> Sequence[str]:

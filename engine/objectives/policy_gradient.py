@@ -5,6 +5,7 @@ Conditions -> teacher targets -> rollout -> reward -> advantage -> clipped loss 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -87,9 +88,9 @@ class PolicyGradient(Objective):
         advantage = self._centred(rewards, batch.iteration, scale=config.advantage.scale, clip=config.advantage.clip)
         return advantage.view(-1, size)[batch.slots].flatten()
 
+    @abstractmethod
     def _centred(self, rewards: Tensor, iteration: int, *, scale: str, clip: float | None) -> Tensor:
         """Advantages of the samples of all ranks, by the method's baseline."""
-        raise NotImplementedError
 
     def check_first_pass(self, samples: Samples) -> None:
         """Score the first rollout again, all of it, before anything is trained on a ratio that is not 1."""

@@ -27,7 +27,7 @@ from engine.models.process import diffuse, level_of, levels, score, timestep_at,
 from engine.roles import Roles
 from engine.sampling import student_policy
 
-from .chain import per_latent, walk
+from .chain import per_latent, walk_student
 from .contract import STUDENT, Context, Examples, Loss, Objective, Role
 from .critic import build_critic
 from .draws import Draws, Rows
@@ -213,20 +213,7 @@ class Vardiu(Objective):
 
     def _image(self, examples: Examples) -> Tensor:
         """The student's final latents (B, C, H, W) fp32, with gradients where they are enabled."""
-        context, student, guidance = self.context, self.context.student, self.context.config.student.guidance
-        evaluations = len(examples) * student.passes(guidance)
-        context.account.passes["student_forward"] += evaluations * len(self.policy.timesteps)
-        if torch.is_grad_enabled():
-            context.account.passes["student_backward"] += evaluations * self.gradient_steps
-        return walk(
-            student,
-            self.policy,
-            examples["initial"],
-            examples.condition,
-            guidance=guidance,
-            noise=examples.values.get("steps"),
-            gradient_steps=self.gradient_steps,
-        )
+        return walk_student(self.context, self.policy, examples, examples.values.get("steps"), self.gradient_steps)
 
     def _noised(self, image: Tensor, examples: Examples) -> Tensor:
         return diffuse(self.context.teacher.schedule, image, examples["noise"], examples["timestep"])
