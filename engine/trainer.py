@@ -213,7 +213,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate_held_out(self) -> dict[str, float]:
-        """The averaged student's eta = 0 reward on held-out conditions."""
+        """The averaged student's eta = 0 reward on held-out conditions, and its terms where there are several."""
         config, pool = self.config, self.held_out
         mine = torch.arange(pool.size)[ranks.share(pool.size)]
         policy = student_policy(config, self.student)
@@ -232,7 +232,9 @@ class Trainer:
                         f"iteration {self.iteration}, on held-out conditions: {error}; {ADVICE}"
                     ) from None
         terms = {name: ranks.gather(torch.cat([part[name] for part in parts])) for name in parts[0]}
-        return {"reward/held_out_eta0": self.reward.weighted(terms).mean().item()}
+        name = "reward/held_out_eta0"
+        each = {f"{name}/{term}": values.mean().item() for term, values in terms.items()} if len(terms) > 1 else {}
+        return {name: self.reward.weighted(terms).mean().item(), **each}
 
     def forget_best(self) -> None:
         """No iteration is the best one so far."""

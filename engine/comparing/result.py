@@ -32,11 +32,13 @@ TEACHERS = {
 
 
 def figures(run: Mapping[str, Any]) -> dict[str, float | None]:
-    """The figures of `COLUMNS` of one run. A backward pass counts as two forward ones."""
+    """The figures of `COLUMNS` of one run, and "reward: TERM" for each term of a reward that has several. A backward
+    pass counts as two forward ones."""
     passes = sum(count * (2 if role.endswith("_backward") else 1) for role, count in run["passes"].items())
     return {
         **{name: run["student"][name] for name in FIGURES},
         "reward": run["reward"],
+        **{f"reward: {name}": value for name, value in run.get("reward_terms", {}).items()},
         "tera_flops": run["flops"] / 1e12,
         "kilo_passes": passes / 1e3,
         "seconds": run["seconds"],
@@ -90,8 +92,9 @@ def missed(row: Mapping[str, Any]) -> bool:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of a comparison: the teacher's rows, then each method's, mean and deviation over seeds."""
-    shown = [name for name in COLUMNS if any(row["mean"][name] is not None for row in result["rows"])]
-    lines = ["| | " + " | ".join(COLUMNS[name][0] for name in shown) + " |", "|---|" + "---|" * len(shown)]
+    names = dict.fromkeys(name for row in result["rows"] for name in row["mean"])
+    shown = [name for name in names if any(row["mean"][name] is not None for row in result["rows"])]
+    lines = ["| | " + " | ".join(_column(name)[0] for name in shown) + " |", "|---|" + "---|" * len(shown)]
     for name, row in result["teacher"].items():
         cells = [_cell(row.get(column), None, column) for column in shown]
         lines.append(f"| {TEACHERS[name].format(steps=row['steps'])} | " + " | ".join(cells) + " |")
@@ -110,12 +113,16 @@ def _row(budget: float, method: str, group: Sequence[Mapping[str, Any]]) -> dict
         "budget": budget,
         "seeds": [run["seed"] for run in group],
         "iterations": group[0]["iteration"],
-        "mean": {name: _over(statistics.mean, [one[name] for one in by_seed]) for name in COLUMNS},
+        "mean": {name: _over(statistics.mean, [one[name] for one in by_seed]) for name in by_seed[0]},
         "std": {
             name: _over(statistics.stdev, [one[name] for one in by_seed]) if len(group) > 1 else None
-            for name in COLUMNS
+            for name in by_seed[0]
         },
     }
+
+
+def _column(name: str) -> tuple[str, int]:
+    return COLUMNS.get(name, (name, COLUMNS["reward"][1]))
 
 
 def _over(what: Any, values: Sequence[float | None]) -> float | None:
@@ -125,5 +132,5 @@ def _over(what: Any, values: Sequence[float | None]) -> float | None:
 def _cell(mean: float | None, deviation: float | None, column: str) -> str:
     if mean is None:
         return "-"
-    places = COLUMNS[column][1]
+    places = _column(column)[1]
     return f"{mean:,.{places}f}" + ("" if deviation is None else f" ± {deviation:,.{places}f}")

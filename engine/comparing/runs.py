@@ -123,7 +123,9 @@ def match(runs: Runs) -> dict[tuple[str, float], int]:
     reference, *others = comparison.methods
     path = runs.folder.parent / "iterations.json"
     known = {(name, budget): count for name, budget, count in json.loads(path.read_text())} if path.is_file() else {}
-    iterations = dict(known)
+    # A run that an interrupted search left is where it goes on.
+    left = {(job.method, job.budget): runs.finished(job) for job in comparison.jobs({}) if job.config.seed == seed}
+    iterations = {key: record["iteration"] for key, record in left.items() if record is not None} | known
     for _ in range(ROUNDS):
         jobs = {(job.method, job.budget): job for job in comparison.jobs(iterations) if job.config.seed == seed}
         runs.make([comparison.teacher, *jobs.values()])

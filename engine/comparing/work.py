@@ -59,7 +59,8 @@ def train(job: Job) -> dict[str, Any]:
     reward, without what only judges.
 
     Returns:
-        `student` (its evaluation), `reward` (of held-out conditions, by the student's own sampler), `training_reward`
+        `student` (its evaluation), `reward` (of held-out conditions, by the student's own sampler),
+        `reward_terms` (each of it, where there are several), `training_reward`
         (of the last rollout, if there is one), `flops`, `passes` (role -> network evaluations of one latent), `seconds`
         (of training), `peak_bytes` (of the process), `iteration`, and `curve`: the same at every job.every iterations.
 
@@ -96,11 +97,15 @@ def _training_passes(trainer: Trainer) -> dict[str, int]:
 
 def _judged(built: Built, config: Config) -> dict[str, Any]:
     trainer = built.trainer
-    (reward,) = trainer.evaluate_held_out().values()
+    total, *terms = trainer.evaluate_held_out().items()
     with trainer.averaged.installed():
         weights = student_fingerprint(trainer) if config.evaluation.store else None
         row = _evaluator(built).student_row(trainer.student, settings=config.student, weights=weights)
-    return {"student": row.metrics, "reward": reward}
+    return {
+        "student": row.metrics,
+        "reward": total[1],
+        "reward_terms": {name.rpartition("/")[2]: value for name, value in terms},
+    }
 
 
 def _evaluator(built: Built) -> Evaluator:

@@ -209,6 +209,15 @@ def test_every_student_is_judged_by_its_own_sampler(run):
     assert [one["student"]["eta"] for one in result["runs"]] == [0.0, 1.0]
 
 
+def test_each_term_of_a_reward_is_kept(run):
+    one = run(f"compare.methods=[{GRPO}]", "compare.seeds=[0]", "iterations=1", "reward.terms={pixel: 2, jpeg: 0.1}")[
+        "runs"
+    ][0]
+    assert set(one["reward_terms"]) == {"pixel", "jpeg"}
+    assert one["reward_terms"]["jpeg"] < 0
+    assert one["reward"] == pytest.approx(2 * one["reward_terms"]["pixel"] + 0.1 * one["reward_terms"]["jpeg"])
+
+
 def test_a_comparison_writes_its_result_and_goes_on_with_what_is_missing(run, tmp_path):
     first = run("compare.seeds=[0]")
     assert run.jobs == ["teacher", "grpo-x1-seed0", "other-x1-seed0"]
@@ -248,6 +257,15 @@ def test_methods_are_brought_to_the_operations_of_the_first(run, tmp_path):
     assert run.jobs == []
     unmatched = run(longer, "compare.seeds=[0]", "compare.match=false", f"output_dir={tmp_path / 'other'}")
     assert (unmatched["rows"][1]["iterations"], len(unmatched["warnings"])) == (9, 1)
+
+
+def test_an_interrupted_search_for_equal_operations_goes_on_with_the_runs_that_it_left(run, tmp_path):
+    longer = f"compare.methods=[{GRPO}, {OTHER.replace('iterations=2', 'iterations=9')}]"
+    run(longer, "compare.seeds=[0]")
+    (tmp_path / "out" / "iterations.json").unlink()  # which is written at the search's end
+    run.jobs.clear()
+    assert run(longer, "compare.seeds=[0]")["rows"][1]["iterations"] == 2
+    assert run.jobs == []
 
 
 @pytest.mark.parametrize(
@@ -341,6 +359,18 @@ def test_a_row_is_the_mean_and_deviation_over_seeds():
     assert table[0]["mean"]["kilo_passes"] == 4.0  # a backward pass costs two forward ones
     assert table[0]["mean"]["class_accuracy"] is None
     assert set(table[0]["mean"]) == set(COLUMNS)
+
+
+def test_the_terms_of_a_reward_have_columns_of_their_own():
+    runs = [
+        finished("a", seed, 1.0, 2.0) | {"reward_terms": {"pixel": 0.5, "jpeg": jpeg}}
+        for seed, jpeg in enumerate((-2, -4))
+    ]
+    table = rows(runs)
+    assert (table[0]["mean"]["reward: jpeg"], table[0]["mean"]["reward: pixel"]) == (-3.0, 0.5)
+    hold_to_budget(table, "a")
+    header, _, row = (line.split(" | ") for line in markdown({"teacher": {}, "rows": table}).splitlines())
+    assert row[header.index("reward: jpeg")] == "-3.0000 ± 1.4142"
 
 
 def test_a_row_off_the_budget_is_marked_with_what_would_meet_it():
