@@ -60,13 +60,28 @@ def by_environment(launch, arguments: list[str], cwd: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]
 
 
+JOINED = (
+    "consistency", "diff_instruct", "dmd2", "draft", "flash_dmd", "progressive", "regression", "vardiu",
+)  # fmt: skip
+ALL = (
+    "zero.stage=2",
+    "objective.kind=grpo",
+    f"objective.joined={{{', '.join(f'{kind}: 1' for kind in JOINED)}}}",
+    *(f"objective.{kind}.critic.warmup=0" for kind in ("diff_instruct", "dmd2", "flash_dmd")),
+    "reward.terms={pixel: 1}",
+    "train.batch_size=8",
+    "train.micro_batch=4",
+)
+
+
 @pytest.mark.parametrize(
     ("run", "overrides"),
     [
         (by_the_launcher, ("zero.stage=0", "objective.kind=grpo", "advantage.scale=group_std")),
         (by_environment, ("zero.stage=2", "objective.kind=ppo", "advantage.scale=global_std")),
+        (by_environment, ALL),
     ],
-    ids=["launcher, stage 0, grpo", "environment, stage 2, ppo"],
+    ids=["launcher, stage 0, grpo", "environment, stage 2, ppo", "environment, stage 2, all objectives together"],
 )
 def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, launch, run, overrides):
     overrides = [*tiny_overrides, *FIXED, *overrides]
@@ -79,13 +94,16 @@ def test_two_ranks_give_the_metrics_of_one(tiny_overrides, tmp_path, launch, run
         for name, value in alone.items():
             if name.startswith("time/"):
                 continue
-            if name.startswith("passes/") or name in ("iteration", "lr"):
+            if name == "passes/student_forward" and "loss/dmd2" in alone:
+                # more by the calls that a rank makes for company, without a row to walk
+                assert value <= together[name] <= 1.1 * value
+            elif name.startswith("passes/") or name in ("iteration", "lr"):
                 assert together[name] == value, name
             elif name == "ratio/first_pass_error":
                 assert together[name] < 1e-4
             else:
                 # seen, from the rounding of other batch sizes: rewards 7e-6 relative, the norm 9e-6, the loss 5e-7
-                absolute = 5e-6 if name == "loss/loss" else 1e-7
+                absolute = 5e-6 if name in ("loss/loss", "loss/grpo") else 1e-7
                 assert together[name] == pytest.approx(value, rel=3e-5, abs=absolute), name
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert summary["world_size"] == 2
