@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,21 @@ def start() -> None:
     """Prepare a process for jobs of one thread."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)  # a launcher's; this process is a group of one
+    end_with_parent()
     silence()
     ranks.start(1)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone: nobody would take the results of its jobs."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def run(job: Job) -> dict[str, Any]:

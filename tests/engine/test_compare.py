@@ -1,8 +1,12 @@
 """Comparisons: what is asked for, what is run again, what it cost, and what the table says."""
 
+import contextlib
 import json
 import os
+import signal
 import statistics
+import subprocess
+import sys
 from concurrent.futures import Future
 
 import pytest
@@ -339,6 +343,35 @@ def test_the_command_compares_in_processes_of_its_own(asked, tiny_overrides, tmp
 
 
 # ---------------------------------------------------------------------- what the table says
+
+
+ORPHAN = """
+import multiprocessing, sys, time
+from engine.comparing import work
+def worker():
+    work.end_with_parent()
+    print("started", flush=True)
+    time.sleep(300)
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=worker)
+    process.start()
+    print(process.pid, flush=True)
+    process.join()
+"""
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path):
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    command = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    worker = int(command.stdout.readline())
+    assert command.stdout.readline() == "started\n"
+    command.kill()
+    try:
+        assert command.communicate(timeout=60) == ("", None)  # the end of what nobody holds open any more
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 def finished(method: str, seed: int, fd: float, flops: float, budget: float = 1.0) -> dict:
