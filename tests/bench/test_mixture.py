@@ -20,6 +20,15 @@ def target():
     return mixture_of_40()
 
 
+@pytest.fixture
+def restored():
+    """Whatever a command sets for its whole process is as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)  # other tests in this process draw subnormal numbers
+    torch.set_num_threads(threads)
+
+
 def _noised(target, sigma: torch.Tensor) -> MixtureSameFamily:
     std = (target.std**2 + sigma.double() ** 2).sqrt().view(-1, 1, 1).expand(-1, 40, 2)
     components = Independent(Normal(target.means.double().expand(len(sigma), -1, -1), std), 1)
@@ -96,7 +105,7 @@ def test_passes_are_those_of_the_updates(target):
     assert passes["VarDiU gaussian"] == expected
 
 
-def test_the_command_writes_figures_and_pictures(tmp_path, monkeypatch):
+def test_the_command_writes_figures_and_pictures(restored, tmp_path, monkeypatch):
     arguments = ["--quick", "--seeds", "0", "1", "--methods", "VarDiU gaussian", "--json", f"{tmp_path}/mixture.json"]
     monkeypatch.setattr(sys, "argv", ["bench.mixture", *arguments])
     mixture.main()
