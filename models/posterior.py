@@ -2,6 +2,10 @@
 
 A density is a head: it reads parameters that a network computed and gives log q(z). Latents are vectors (B, C) or
 images (B, C, H, W), and parameters have the latents' positions. Computation keeps the latents' dtype.
+
+`scale` (B,), if given, multiplies every standard deviation. With the share of noise in what the network saw, it says
+from the start that z is known the better, the less noise there is (as in VarDiU's code, arXiv 2508.20646). So it is
+where all of z shows in what was made of it, and not in images, of whose noise much is lost.
 """
 
 from __future__ import annotations
@@ -30,15 +34,16 @@ class GaussianPosterior(nn.Module):
         super().__init__()
         self.parameters_per_position = 2 * channels
 
-    def forward(self, z: Tensor, parameters: Tensor) -> Tensor:
+    def forward(self, z: Tensor, parameters: Tensor, scale: Tensor | None = None) -> Tensor:
         """log q(z): (B,).
 
         Args:
             z: (B, C, ...).
-            parameters: (B, 2 C, ...); at 0 the density is the standard normal's.
+            parameters: (B, 2 C, ...); at 0 the density is the standard normal's, as wide as `scale`.
+            scale: (B,).
         """
         mean, raw = parameters.chunk(2, dim=1)
-        return _log_normal(z, mean, _std(raw)).flatten(1).sum(1)
+        return _log_normal(z, mean, _std(raw, scale)).flatten(1).sum(1)
 
 
 class MixturePosterior(nn.Module):
@@ -55,18 +60,19 @@ class MixturePosterior(nn.Module):
         self.components = components
         self.parameters_per_position = components * (2 * channels + 1)
 
-    def forward(self, z: Tensor, parameters: Tensor) -> Tensor:
+    def forward(self, z: Tensor, parameters: Tensor, scale: Tensor | None = None) -> Tensor:
         """log q(z): (B,).
 
         Args:
             z: (B, C, ...).
             parameters: (B, K (2 C + 1), ...): K weights, then K C means, then K C standard deviations.
+            scale: (B,).
         """
         sizes = [self.components, *[self.components * z.shape[1]] * 2]
         weights, means, raw = parameters.split(sizes, dim=1)
         shape = (len(z), self.components, *z.shape[1:])
         log_weights = weights.flatten(2).mean(2).log_softmax(1) if weights.dim() > 2 else weights.log_softmax(1)
-        densities = _log_normal(z.unsqueeze(1), means.reshape(shape), _std(raw).reshape(shape))
+        densities = _log_normal(z.unsqueeze(1), means.reshape(shape), _std(raw, scale).reshape(shape))
         return torch.logsumexp(log_weights + densities.flatten(2).sum(2), dim=1)
 
 
@@ -102,20 +108,21 @@ class FlowPosterior(nn.Module):
             nn.init.normal_(last.bias, std=0.1)
             self.layers.append(nn.Sequential(first, nn.SiLU(), last))
 
-    def forward(self, z: Tensor, parameters: Tensor) -> Tensor:
+    def forward(self, z: Tensor, parameters: Tensor, scale: Tensor | None = None) -> Tensor:
         """log q(z): (B,).
 
         Args:
             z: (B, C, ...).
             parameters: (B, 2 C + width, ...).
+            scale: (B,).
         """
-        base, log_jacobian = self.to_base(z, parameters)
+        base, log_jacobian = self.to_base(z, parameters, scale)
         return _log_normal(base, torch.zeros_like(base), torch.ones_like(base)).flatten(1).sum(1) + log_jacobian
 
-    def to_base(self, z: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def to_base(self, z: Tensor, parameters: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The standard normal latent (B, C, ...) that a latent is mapped to, and log |d base / d z| (B,)."""
         mean, raw, context = parameters.tensor_split([self.channels, 2 * self.channels], dim=1)
-        std = _std(raw)
+        std = _std(raw, scale)
         x = (z - mean) / std
         log_jacobian = -std.log().flatten(1).sum(1)
         for index, layer in enumerate(self.layers):
@@ -149,5 +156,6 @@ def _log_normal(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return -0.5 * ((z - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def _std(raw: Tensor) -> Tensor:
-    return F.softplus(raw + ONE) + NARROWEST
+def _std(raw: Tensor, scale: Tensor | None) -> Tensor:
+    std = F.softplus(raw + ONE)
+    return (std if scale is None else scale.view(-1, *[1] * (raw.dim() - 1)) * std) + NARROWEST

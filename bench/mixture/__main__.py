@@ -39,7 +39,7 @@ METHODS = {
     "VarDiU mixture, equal passes": Method(head="mixture", updates=1, **RATES, longer=45 / 8),
 }
 SCHEDULE = Schedule(
-    steps=2000, batch=512, width=128, low=0.3, high=20.0, power=(0.1, 4.0), weight="sigma", ramp=0.8, hold=0.6,
+    steps=2000, batch=512, width=128, low=0.3, high=20.0, power=(0.3, 5.0), weight="sigma", ramp=0.6, hold=0.6,
     decay=0.999, critic_start=1500,
 )  # fmt: skip
 
