@@ -213,15 +213,15 @@ def _objective(
 
 
 def _reward(config: Config, nets: Networks) -> CompositeReward:
-    """The reward whose gradient is learned from, on fake tensors and without the terms that have none."""
+    """The reward whose gradient is learned from, on fake tensors, without black boxes that count for nothing."""
     terms = {}
-    for name, (kind, _) in read_terms(config.reward.terms).items():
+    for name, (kind, settings) in read_terms(config.reward.terms).items():
         if ":" in kind:
             raise EngineError(
                 f"objective draft cannot be planned with reward.terms.{name}: what a function of yours keeps for its "
                 "gradient is not known"
             )
-        if kind not in BLACK_BOXES:
+        if settings.weight or kind not in BLACK_BOXES:
             terms[name] = config.reward.terms[name]
     own = config.model_copy(update={"reward": config.reward.model_copy(update={"terms": terms})})
     reward = reward_of(own, nets.teacher, rewards.load_models)

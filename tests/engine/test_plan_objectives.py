@@ -18,8 +18,9 @@ from engine import load_config, zero
 from engine.errors import EngineError
 from engine.objectives.contract import STUDENT
 from engine.plan import plan
+from engine.planning.advice import advise
 from engine.planning.objectives import STEPS, roles_of, steps_of
-from engine.planning.phases import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, SAMPLES, engines_of
+from engine.planning.phases import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARAMETERS, SAMPLES, Memory, Phase, engines_of
 from engine.planning.sizes import Sizes
 from engine.planning.traces import network_key, networks_of
 
@@ -311,7 +312,33 @@ def test_a_distillation_decodes_only_where_it_is_judged_on_held_out_conditions(o
     assert "decode, reward" in phases_of(of("objective.kind=regression", "evaluation.every=1"))
 
 
-def test_what_the_plan_cannot_know_of_a_distillation_is_refused_by_name(of):
-    own = "reward.terms={mine: {kind: 'module:function', differentiable: true}}"
-    with pytest.raises(EngineError, match=r"draft cannot be planned with reward\.terms\.mine"):
-        of("objective.kind=draft", own)
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ("objective.kind=draft", "reward.terms={mine: {kind: 'module:function', differentiable: true}}"),
+            r"draft cannot be planned with reward\.terms\.mine",
+        ),
+        (("objective.kind=draft", "reward.terms={jpeg: 1}"), "draft needs the reward's gradient"),
+        (("objective.kind=flash_dmd",), r"objective\.flash_dmd\.encoder\.path is not set"),
+        (
+            ("objective.kind=flash_dmd", "objective.flash_dmd.encoder.path=nowhere"),
+            r"objective\.flash_dmd\.encoder\.path: nowhere does not exist",
+        ),
+        (("objective.kind=progressive", "objective.progressive.stages=[2, 3]"), r"objective\.progressive\.stages"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(of, overrides, says):
+    with pytest.raises(EngineError, match=says):
+        of(*overrides)
+
+
+def test_gradients_through_fewer_steps_are_advised_where_they_make_a_run_fit():
+    def planned(config):
+        every = any(getattr(config.objective, kind).gradient_steps != 1 for kind in ("draft", "vardiu"))
+        return Memory((Phase("update", {ACTIVATIONS: 3 if every else 1}),), 0, ())
+
+    config = load_config({}, ["objective.kind=draft", "objective.joined={vardiu: 1}"])
+    (found,) = advise(config, 1, 2, planned)
+    assert found.overrides == ("objective.draft.gradient_steps=1", "objective.vardiu.gradient_steps=1")
+    assert not list(advise(load_config({}, ["objective.kind=dmd2"]), 1, 0, planned))
