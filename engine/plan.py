@@ -24,6 +24,7 @@ from engine.planning import advice as advising
 from engine.planning.advice import Advice
 from engine.planning.networks import locate
 from engine.planning.phases import KINDS, Memory, memory
+from engine.preflight import check_shares
 
 SHARE = 0.92
 """Of a GPU's memory that a plan may fill: the rest is for the CUDA context, workspaces of cuDNN and cuBLAS, buffers of
@@ -122,6 +123,7 @@ def plan(config: Config, *, gpu_bytes: int, ranks: int = 1, architecture: str | 
     problems = conflicts(config, "cuda")
     if problems:
         raise EngineError("; ".join(problems))
+    check_shares(config, ranks)
     try:
         directory = locate(config.teacher.path if architecture is None else architecture)
     except EngineError as error:

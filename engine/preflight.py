@@ -132,6 +132,15 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
         )
     if config.objective.rewarded:
         _rollout(config, student, world_size)
+    check_shares(config, world_size)
+
+
+def check_shares(config: Config, world_size: int) -> None:
+    """Refuse a distillation's batch that ranks cannot share equally.
+
+    Raises:
+        EngineError: names train.batch_size.
+    """
     if config.objective.distilling and config.train.batch_size % world_size:
         raise EngineError(
             f"train.batch_size={config.train.batch_size} is not a multiple of the {world_size} ranks; "

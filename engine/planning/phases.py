@@ -52,7 +52,8 @@ class Memory:
 
     Attributes:
         phases: in their order.
-        host: bytes in the memory of the machine, for each rank: averaged weights, and what is offloaded or paged.
+        host: bytes in the memory of the machine, for each rank: averaged weights, the teacher's latents, what
+            objectives keep there, and what is offloaded or paged.
         notes: what the figures leave out, one sentence each.
     """
 

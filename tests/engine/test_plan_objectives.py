@@ -333,6 +333,11 @@ def test_what_cannot_be_planned_is_refused_by_name(of, overrides, says):
         of(*overrides)
 
 
+def test_a_batch_that_ranks_cannot_share_is_refused(of):
+    with pytest.raises(EngineError, match=r"train\.batch_size=24 is not a multiple of the 5 ranks"):
+        of("objective.kind=regression", ranks=5)
+
+
 def test_gradients_through_fewer_steps_are_advised_where_they_make_a_run_fit():
     def planned(config):
         every = any(getattr(config.objective, kind).gradient_steps != 1 for kind in ("draft", "vardiu"))
