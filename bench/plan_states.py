@@ -70,14 +70,14 @@ def measured(case: Sequence[str]) -> dict[str, int]:
             engine.backward(loss)
             del loss
             if step:
-                kinds["gradients"] = max(kinds["gradients"], _bytes(_gradients(engine)))
+                kinds["gradients"] = max(kinds["gradients"], _bytes(gradients_of(engine)))
             zero.step(engine)
         if not step:
-            parameters = _storages(_parameters(engine))
-            buffers = _storages(_gradients(engine))
+            parameters = storages_of(parameters_of(engine))
+            buffers = storages_of(gradients_of(engine))
             kinds["parameters"] = sum(parameters.values())
-            everything = _storages(_live() + _gradients(engine))
-            known = {*_storages(others), *parameters, *buffers}
+            everything = storages_of(_live() + gradients_of(engine))
+            known = {*storages_of(others), *parameters, *buffers}
             kinds["optimizer"] = sum(size for place, size in everything.items() if place not in known)
     return kinds
 
@@ -94,12 +94,14 @@ def _overrides(case: Sequence[str]) -> list[str]:
     return [f"zero.deepspeed.zero_optimization={settings}", *(part for part in case if part != "frozen")]
 
 
-def _parameters(engine: Any) -> list[Tensor]:
+def parameters_of(engine: Any) -> list[Tensor]:
+    """The network's parameters, and this rank's parts of them."""
     own = list(engine.module.parameters())
     return [*own, *(p.ds_tensor for p in own if hasattr(p, "ds_tensor"))]
 
 
-def _gradients(engine: Any) -> list[Tensor]:
+def gradients_of(engine: Any) -> list[Tensor]:
+    """All gradients that a DeepSpeed engine keeps, and the buckets that they are reduced in."""
     optimizer, found = engine.optimizer, [p.grad for p in engine.module.parameters()]
     for name in ("averaged_gradients", "all_grad_tensors"):
         found += [tensor for group in getattr(optimizer, name, {}).values() for tensor in group or ()]
@@ -114,7 +116,7 @@ def _live() -> list[Tensor]:
     return [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Place -> bytes of the storages of tensors; counters, which have no dimension, and flags are left out."""
     return {
         storage.data_ptr(): storage.nbytes()
@@ -124,7 +126,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(_storages(tensors).values())
+    return sum(storages_of(tensors).values())
 
 
 def table(cases: Sequence[Sequence[str]], world_size: int) -> list[dict[str, Any]]:

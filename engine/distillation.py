@@ -17,6 +17,7 @@ from engine.building import build
 from engine.conditions import Source
 from engine.config import Config, load_config
 from engine.drawing import DPM
+from engine.errors import EngineError
 from engine.evaluate import Evaluator, gap_closed
 from engine.models.denoiser import Denoiser
 from engine.models.loading import fingerprint
@@ -84,9 +85,14 @@ def distill(config: str | Path | Mapping[str, Any] | Config | None = None) -> Re
 
 def _plan_memory(config: Config) -> None:
     device = ranks.device()
-    if device.type != "cuda" or not ranks.is_first() or config.objective.distilling:
+    if device.type != "cuda" or not ranks.is_first():
         return
-    made = plan(config, gpu_bytes=torch.cuda.get_device_properties(device).total_memory, ranks=ranks.world_size())
+    size = torch.cuda.get_device_properties(device).total_memory
+    try:
+        made = plan(config, gpu_bytes=size, ranks=ranks.world_size())
+    except EngineError as error:  # what is wrong with the configuration is said by all ranks, when they load it
+        _say(f"no memory plan: {error}")
+        return
     _say(made.table())
     if not made.fits:
         _say(

@@ -121,7 +121,7 @@ class Parts:
     def _part(self, kind: str, objective: Callable, weight: float, band: tuple[float, float]) -> Part:
         learners, networks = {}, {}
         for name, role in self._roles[kind].items():
-            network, config = self._built[kind][name], _for_role(self.config, role)
+            network, config = self._built[kind][name], for_role(self.config, role)
             fit_role(network, config, trained=role.lr is not None)
             if role.lr is None:
                 networks[name] = network.requires_grad_(False).to(ranks.device(), DTYPES[config.precision])
@@ -160,7 +160,7 @@ def load_engine(learner: Learner, folder: Path, tag: str) -> None:
         raise FileNotFoundError(f"it has no DeepSpeed state {tag} that this run can read")
 
 
-def _for_role(config: Config, role: Role) -> Config:
+def for_role(config: Config, role: Role) -> Config:
     """The run's configuration with the role's own learning rate, if it has one, and precision."""
     return config.model_copy(
         update={

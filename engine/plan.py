@@ -24,6 +24,7 @@ from engine.planning import advice as advising
 from engine.planning.advice import Advice
 from engine.planning.networks import locate
 from engine.planning.phases import KINDS, Memory, memory
+from engine.preflight import check_shares
 
 SHARE = 0.92
 """Of a GPU's memory that a plan may fill: the rest is for the CUDA context, workspaces of cuDNN and cuBLAS, buffers of
@@ -83,12 +84,13 @@ class Plan:
     def table(self) -> str:
         """GiB by phase and kind, and the verdict; without advice."""
         names = [kind for kind in KINDS if any(phase.kinds.get(kind) for phase in self.memory.phases)]
-        lines = [f"{'GiB per GPU':18}" + "".join(f"{name:>18}" for name in [*names, "total"])]
+        width = max(len(phase.name) for phase in self.memory.phases) + 2
+        lines = [f"{'GiB per GPU':{width}}" + "".join(f"{name:>18}" for name in [*names, "total"])]
         for phase in self.memory.phases:
             row = [*(phase.kinds.get(name, 0) for name in names), phase.total]
-            lines.append(f"{phase.name:18}" + "".join(f"{_gib(size):>18}" for size in row))
+            lines.append(f"{phase.name:{width}}" + "".join(f"{_gib(size):>18}" for size in row))
         lines += [
-            f"host memory, each rank: {_gib(self.memory.host)} GiB (averaged weights, offloaded and paged states)",
+            f"host memory, each rank: {_gib(self.memory.host)} GiB (averages, latents, offloaded and paged states)",
             *self.memory.notes,
             self.line(),
         ]
@@ -118,14 +120,10 @@ def plan(config: Config, *, gpu_bytes: int, ranks: int = 1, architecture: str | 
     Raises:
         EngineError: a directory or a choice that cannot be planned, naming the key.
     """
-    if config.objective.distilling:
-        raise EngineError(
-            f"objective {', '.join(config.objective.distilling)} cannot be planned: its networks and passes are not "
-            "known to the plan, which is of grpo and ppo"
-        )
     problems = conflicts(config, "cuda")
     if problems:
         raise EngineError("; ".join(problems))
+    check_shares(config, ranks)
     try:
         directory = locate(config.teacher.path if architecture is None else architecture)
     except EngineError as error:

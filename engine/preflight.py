@@ -15,6 +15,7 @@ from engine.models.denoiser import Denoiser, check_guidance
 from engine.models.digits import load_reward_encoder
 from engine.models.loading import LoadingError
 from engine.rl.rewards import CompositeReward, RewardError, make_reward
+from engine.rl.rewards.local_model import Models, load_models
 from engine.roles import Roles
 from engine.sampling import deterministic_policy, make_policy
 
@@ -43,7 +44,7 @@ def check(config: Config, roles: Roles, world_size: int) -> CompositeReward:
     _schedules(config, roles.teacher, roles.student)
     _guidance(config, roles)
     _sizes(config, roles.student, world_size)
-    return _reward(config, roles.teacher)
+    return reward_of(config, roles.teacher)
 
 
 def is_digits(denoiser: Denoiser) -> bool:
@@ -131,6 +132,15 @@ def _sizes(config: Config, student: Denoiser, world_size: int) -> None:
         )
     if config.objective.rewarded:
         _rollout(config, student, world_size)
+    check_shares(config, world_size)
+
+
+def check_shares(config: Config, world_size: int) -> None:
+    """Refuse a distillation's batch that ranks cannot share equally.
+
+    Raises:
+        EngineError: names train.batch_size.
+    """
     if config.objective.distilling and config.train.batch_size % world_size:
         raise EngineError(
             f"train.batch_size={config.train.batch_size} is not a multiple of the {world_size} ranks; "
@@ -169,7 +179,15 @@ def _rollout(config: Config, student: Denoiser, world_size: int) -> None:
         )
 
 
-def _reward(config: Config, teacher: Denoiser) -> CompositeReward:
+def reward_of(config: Config, teacher: Denoiser, models: Models = load_models) -> CompositeReward:
+    """The reward of a run on this rank's device.
+
+    Args:
+        models: loads the models of local directories.
+
+    Raises:
+        EngineError: names the term that cannot be had, or that cannot look at this teacher's images.
+    """
     terms = config.reward.terms.items()
     kinds = {value.get("kind", name) if isinstance(value, dict) else name for name, value in terms}
     needs_encoder = kinds & {"feature", "class_log_prob"}
@@ -182,7 +200,11 @@ def _reward(config: Config, teacher: Denoiser) -> CompositeReward:
     encoder = load_reward_encoder().to(ranks.device()) if needs_encoder else None
     try:
         reward = make_reward(
-            config.reward.terms, device=ranks.device(), encoder=encoder, standardize=config.reward.standardize
+            config.reward.terms,
+            device=ranks.device(),
+            encoder=encoder,
+            standardize=config.reward.standardize,
+            models=models,
         )
     except RewardError as error:
         raise EngineError(str(error)) from None

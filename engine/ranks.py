@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_imagined: int | None = None
 
 
 def start(threads: int | None) -> None:
@@ -39,8 +43,22 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def imagined(count: int) -> Iterator[None]:
+    """Inside, this process is the first of `count` ranks on the CPU that never meet, in a process group or without one:
+    what plans a run of so many ranks."""
+    global _imagined
+    before, _imagined = _imagined, count
+    try:
+        yield
+    finally:
+        _imagined = before
+
+
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
+    if _imagined:
+        return torch.device("cpu")
     from deepspeed.accelerator import get_accelerator
 
     name = get_accelerator().device_name()
@@ -55,11 +73,11 @@ def synchronize() -> None:
 
 
 def rank() -> int:
-    return torch.distributed.get_rank()
+    return 0 if _imagined else torch.distributed.get_rank()
 
 
 def world_size() -> int:
-    return torch.distributed.get_world_size()
+    return _imagined or torch.distributed.get_world_size()
 
 
 def is_first() -> bool:
@@ -81,8 +99,9 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Rows of all ranks (sum of rows, ...), in the order of ranks, on every rank. Row counts may differ."""
-    if world_size() == 1:
+    """Rows of all ranks (sum of rows, ...), in the order of ranks, on every rank. Row counts may differ. Imagined ranks
+    have their own rows alone."""
+    if world_size() == 1 or _imagined:
         return tensor
     parts: list[Tensor] = [None] * world_size()  # type: ignore[list-item]
     torch.distributed.all_gather_object(parts, tensor.cpu())

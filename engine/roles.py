@@ -31,6 +31,7 @@ from engine.models.lora import ADAPTER, LoraError, add_lora, load_lora_state
 from engine.models.memory import prepare_network, prepare_vae, select_trainable, use_channels_last
 from engine.models.pipelines import Pipeline, load_pipeline
 from engine.precision import DTYPES, weights_dtype
+from engine.rl.rewards.local_model import Models, load_models
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Roles:
         reference: the frozen initial student, or None where the objective does not ask for it.
         weights: fingerprint of the teacher's weights as they compute.
         decode: latents (B, C, H, W) to images in [0, 1].
+        models: loads vision models of local directories.
     """
 
     pipeline: Pipeline
@@ -52,6 +54,7 @@ class Roles:
     reference: Denoiser | None
     weights: str
     decode: Decode
+    models: Models = load_models
 
 
 def teacher_directory(config: Config) -> Path:

@@ -99,6 +99,7 @@ class Trainer:
                     account=self.account,
                     device=self.device,
                     band=band,
+                    models=roles.models,
                 )
             )
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Pipeline:
         class_names: of class models, where the directory has them.
         scheduler: diffusers' scheduler of the deterministic sampler.
         index: the content of model_index.json; empty where a directory has none.
+        read_network: reads the network from the directory once more, fp32 and unquantised.
     """
 
     directory: Path
@@ -52,6 +54,7 @@ class Pipeline:
     class_names: list[str] | None
     scheduler: Any
     index: dict[str, Any]
+    read_network: Callable[[], nn.Module]
 
     def encode(self, prompts: list[str], negative: list[str] | None, device: torch.device | str) -> Condition:
         """The condition of B prompts, tensors (B, ...) on a device, as the stock pipeline encodes them.
@@ -234,19 +237,22 @@ def load_pipeline(
     index = _read_index(directory)
     family = _family(directory, index)
     kind = getattr(diffusers, family.network)
-    config = _network_config(directory, family)
+    given = _network_config(directory, family)
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and not (directory / name).is_dir():
             raise LoadingError(f"{directory} has no {name}/, which its {INDEX} names; give the whole directory")
     flow = family.set_timesteps is not None
     scheduler = load_scheduler(directory, flow=flow, forced=family.scheduler)
-    if network:
-        loaded = load_weights(kind, directory, family.component, torch_dtype=dtype)
-        if quantization is not None:
-            quantize(loaded, quantization, dtype)
-    else:
+
+    def read(dtype: torch.dtype) -> nn.Module:
+        if network:
+            return load_weights(kind, directory, family.component, torch_dtype=dtype)
         with torch.device("meta"):
-            loaded = kind.from_config(config).to(dtype).eval()
+            return kind.from_config(given).to(dtype).eval()
+
+    loaded = read(dtype)
+    if network and quantization is not None:
+        quantize(loaded, quantization, dtype)
     config = loaded.config
     classes = family.classes(config)
     if classes is not None and classes < 1:
@@ -275,7 +281,9 @@ def load_pipeline(
     text = None
     if family.encode is not None:
         text = TextEncoders(directory, family, index, loaded, (height * factor, width * factor), dtype)
-    return Pipeline(directory, family, denoiser, vae, text, _class_names(index, classes), scheduler, index)
+    names = _class_names(index, classes)
+    read_fresh = partial(read, torch.float32)
+    return Pipeline(directory, family, denoiser, vae, text, names, scheduler, index, read_fresh)
 
 
 def _read_index(directory: Path) -> dict[str, Any]:

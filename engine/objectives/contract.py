@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine import ranks
 from engine.models.denoiser import Condition, Denoiser
+from engine.rl.rewards.local_model import Models, load_models
 
 if TYPE_CHECKING:
     from engine.account import Account
@@ -109,6 +110,7 @@ class Context:
         account: of passes and seconds.
         device: of this rank.
         band: share of the noise levels that the objective acts on, 0 the image and 1 pure noise.
+        models: loads vision models of local directories.
     """
 
     config: Config
@@ -125,6 +127,7 @@ class Context:
     account: Account
     device: torch.device
     band: tuple[float, float] = (0.0, 1.0)
+    models: Models = load_models
 
 
 class Objective(ABC):

@@ -14,7 +14,7 @@ from engine.models.denoiser import Condition
 from engine.models.lora import ADAPTER
 from engine.models.process import diffuse, target
 from engine.models.schedules import Schedule
-from engine.roles import Roles, load, teacher_directory
+from engine.roles import Roles
 
 from .contract import Context, Examples, Role
 from .settings import Critic as Settings
@@ -38,7 +38,7 @@ def build_critic(roles: Roles, config: Config) -> nn.Module:
     if config.lora.rank:
         return copy.deepcopy(roles.student.network)
     # Read again: the teacher's own weights are frozen and may be rounded or quantised.
-    return load(teacher_directory(config), "teacher.path", config).denoiser.network.requires_grad_(True)
+    return roles.pipeline.read_network().requires_grad_(True)
 
 
 def denoising_loss(schedule: Schedule, prediction: Tensor, image: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:

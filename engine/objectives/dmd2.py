@@ -70,6 +70,9 @@ class Dmd2(Objective):
         figures = {"matching/gradient": gradient.square().mean().sqrt()}
         if self.real is not None:
             gan = generator_loss([self._logits])
+            if self.context.config.zero.stage == 3:
+                # DeepSpeed gathers and releases weights as a gradient comes to a network's output, also one of 0.
+                gan = gan + 0 * fake.sum()
             loss = loss + self.settings.gan_weight * gan
             figures["gan/generator"] = gan
         return Loss(loss * examples["weight"].mean(), figures)

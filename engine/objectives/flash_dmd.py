@@ -18,6 +18,7 @@ from engine.models.discriminator import Heads, discriminator_loss, generator_los
 from engine.models.process import diffuse
 from engine.preflight import is_digits
 from engine.real_images import RealImages
+from engine.rl.rewards.local_model import Models
 from engine.rl.rollout import timesteps_of
 from engine.roles import Roles
 
@@ -48,7 +49,7 @@ class FlashDmd(Objective):
         self.low_steps = sampler.steps_between(low, math.nextafter(settings.boundary, 0), key)
         high_steps = sampler.steps_between(max(low, settings.boundary), high, key)
         self.matching = ScoreMatching(context, self.kind, "dmd", settings, high_steps)
-        self.features = load_pixel_features(context.config, digits=is_digits(context.teacher))
+        self.features = load_pixel_features(context.config, context.models, digits=is_digits(context.teacher))
         self.real = RealImages(context, settings.real_images, "objective.flash_dmd.real_images")
         self._heads = context.networks[DISCRIMINATOR]
         self.draws = {role: Draws(context, f"{self.kind} low {role}") for role in (STUDENT, DISCRIMINATOR)}
@@ -122,7 +123,7 @@ class FlashDmd(Objective):
         return self.features(self.context.decode(latents))
 
 
-def load_pixel_features(config: Config, *, digits: bool) -> Features:
+def load_pixel_features(config: Config, models: Models, *, digits: bool) -> Features:
     """The encoder of `objective.flash_dmd.encoder` on this rank's device."""
     return load_features(
         config.objective.flash_dmd.encoder,
@@ -130,11 +131,12 @@ def load_pixel_features(config: Config, *, digits: bool) -> Features:
         ranks.device(),
         digits=digits,
         batch_size=config.train.micro_batch,
+        models=models,
     )
 
 
 def _build_heads(roles: Roles, config: Config) -> nn.Module:
-    features = load_pixel_features(config, digits=is_digits(roles.teacher))
+    features = load_pixel_features(config, roles.models, digits=is_digits(roles.teacher))
     blank = roles.decode(torch.zeros(1, *roles.teacher.latent_shape, device=ranks.device()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.models.digits import load_reward_encoder
 from engine.rl.rewards import RewardError
-from engine.rl.rewards.local_model import load_models
+from engine.rl.rewards.local_model import Models
 from engine.rl.rewards.settings import PerceptualSettings
 
 from .settings import PixelEncoder
@@ -22,13 +22,16 @@ Features = Callable[[Tensor], list[Tensor]]
 """Images (B, 1 or 3, H, W) in [0, 1] -> maps (B, L, D) or (B, D, H, W), the least deep first."""
 
 
-def load_features(settings: PixelEncoder, key: str, device: torch.device, *, digits: bool, batch_size: int) -> Features:
+def load_features(
+    settings: PixelEncoder, key: str, device: torch.device, *, digits: bool, batch_size: int, models: Models
+) -> Features:
     """The encoder that the settings name.
 
     Args:
         key: of the configuration, that errors name.
         digits: whether the images are digits, which the embedded encoder is for.
         batch_size: most images in one pass.
+        models: loads the model of a directory.
 
     Raises:
         EngineError: no directory for other images, or one that does not hold a vision model with these layers.
@@ -50,7 +53,7 @@ def load_features(settings: PixelEncoder, key: str, device: torch.device, *, dig
         path=settings.path, layers=settings.layers, precision=settings.precision, batch_size=batch_size
     )
     try:
-        model = load_models({key: term}, device)[key]
+        model = models({key: term}, device)[key]
     except RewardError as error:
         raise EngineError(str(error).removeprefix("reward.terms.")) from None
 

@@ -21,6 +21,9 @@ SMALL_BUCKET = 20_000_000
 LARGEST = 16
 """Rows of a pass beyond which a GPU gains little by more."""
 
+CHAINS = ("regression", "draft", "vardiu")
+"""Objectives whose gradients pass through several steps of the student."""
+
 Overrides = dict[str, Any]
 """Dotted key -> value."""
 
@@ -140,8 +143,19 @@ def _quantized(config: Config, ranks: int, kind: str) -> Overrides | None:
     return None if config.teacher.precision in (kind, "nf4") else {"teacher.precision": kind}
 
 
+def _last_step(config: Config, ranks: int) -> Overrides | None:
+    keys = [f"objective.{kind}.gradient_steps" for kind in config.objective.kinds if kind in CHAINS]
+    if config.student.steps == 1 or all(_value(config, key) == 1 for key in keys):
+        return None
+    return dict.fromkeys(keys, 1)
+
+
 SWITCHES = (
     Switch("bf16", 0.6, _low_precision, KINDS, loses="24 bits of mantissa for 8"),
+    Switch(
+        "gradients through the last step", 0.7, _last_step, (ACTIVATIONS,),
+        loses="what the steps before the last would learn from the distillation's loss",
+    ),
     Switch(
         "autoencoder in bf16", 0.98, _set("vae.precision", "bf16", unless=lambda c: c.vae.precision != "fp32"),
         (ENCODERS, ACTIVATIONS, SAMPLES), loses="rounding of the images",

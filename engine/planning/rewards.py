@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from engine.errors import EngineError
 from engine.models.digits import load_reward_encoder
@@ -17,6 +18,7 @@ from engine.planning.tracing import trace
 from engine.precision import DTYPES
 from engine.rl.rewards import RewardError
 from engine.rl.rewards.composite import GIVEN_ENCODER
+from engine.rl.rewards.local_model import LocalModel
 from engine.rl.rewards.preprocessing import Preprocessing
 from engine.rl.rewards.settings import ModelSettings, read_terms
 
@@ -80,12 +82,9 @@ def _model(
 ) -> tuple[int, int]:
     """(weights, activations) bytes of a vision model on a batch of images."""
     try:
-        network = transformers_model(directory, "AutoModel")
-        prepare = Preprocessing.of(directory)
+        network, prepare = _network(directory, prompts=prompts), Preprocessing.of(directory)
     except (RewardError, OSError, ValueError, KeyError) as error:
         raise EngineError(f"{directory} cannot be planned: {error}") from None
-    if not prompts and hasattr(network, "text_model"):
-        del network.text_model, network.text_projection
     materialize(network, dtype)
     tower = getattr(network, "vision_model", network)
     with FAKE:
@@ -93,3 +92,52 @@ def _model(
         encode = torch.no_grad()(lambda: tower(pixel_values=prepare(images).to(dtype)))
         found = trace(encode, given=[images], network=network)
     return sum(value.numel() * value.element_size() for value in network.parameters()), found.peak
+
+
+def _network(directory: Path, *, prompts: bool) -> nn.Module:
+    """A vision model on the meta device, with its text tower where prompts are read."""
+    network = transformers_model(directory, "AutoModel")
+    if not prompts and hasattr(network, "text_model"):
+        del network.text_model, network.text_projection
+    return network
+
+
+class _Weightless(LocalModel):
+    """A local model on fake tensors, of a directory's configurations alone: no weights and no tokenizer.
+
+    Args:
+        sharing: settings of the terms that look through it.
+    """
+
+    def __init__(self, directory: Path, sharing: Sequence[ModelSettings]) -> None:
+        self.reads = frozenset().union(*(settings.reads for settings in sharing))
+        self.batch_size = min(settings.batch_size for settings in sharing)
+        self.dtype, self.device, self.logit_scale = DTYPES[sharing[0].precision], torch.device("cpu"), 1.0
+        self.preprocessing = Preprocessing.of(directory)
+        self.network = materialize(_network(directory, prompts=False).requires_grad_(False), self.dtype)
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, D) fp32 of prompts, without their passes, of which nothing is kept."""
+        return torch.empty(len(prompts), self.network.config.projection_dim)
+
+
+def load_models(terms: Mapping[str, ModelSettings], device: torch.device) -> dict[str, LocalModel]:
+    """What `engine.rl.rewards.local_model.load_models` does, on fake tensors and without weights.
+
+    Raises:
+        RewardError: names the term's `path`.
+    """
+    groups: dict[tuple[Path, str], dict[str, ModelSettings]] = {}
+    models: dict[str, LocalModel] = {}
+    for name, settings in terms.items():
+        try:
+            groups.setdefault((locate(settings.path), settings.precision), {})[name] = settings
+        except EngineError as error:
+            raise RewardError(f"reward.terms.{name}.path: {error}") from None
+    for (directory, _), sharing in groups.items():
+        try:
+            models |= dict.fromkeys(sharing, _Weightless(directory, list(sharing.values())))
+        except (RewardError, OSError, ValueError, KeyError) as error:
+            name = next(iter(sharing))
+            raise RewardError(f"reward.terms.{name}.path: {directory} cannot be planned: {error}") from None
+    return models

@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from engine.models.denoiser import Call, Condition
 
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 """Its second argument is the query. Below fp32 the gradients are summed in fp32 first, the query's on a GPU."""
@@ -71,6 +74,62 @@ def trace(
         for hook in hooks:
             hook.remove()
     return Trace(counter.front(), left)
+
+
+class Repeated:
+    """A denoiser's `call` that is run once for all passes of the same sizes that keep nothing for a gradient: the
+    others allocate at once the most that the first one did, and its prediction.
+
+    Args:
+        call: as `engine.models.denoiser.Denoiser.call`, always of the same adapter.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self._known: dict[tuple[int, torch.Size], tuple[int, torch.dtype]] = {}
+
+    def __call__(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, condition: Condition, guidance: float | None
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.call(network, x, timestep, condition, guidance)
+        key = id(network), x.shape
+        if key not in self._known:
+            made: list[Tensor] = []
+            given = [*network.parameters(), *network.buffers(), x, timestep, *condition.values()]
+            found = trace(
+                lambda: made.append(self.call(network, x, timestep, condition, guidance)) or made, given=given
+            )
+            self._known[key] = found.peak, made[0].dtype
+            return made[0]
+        most, dtype = self._known[key]
+        torch.empty(most, dtype=torch.uint8)
+        return torch.empty(x.shape, dtype=dtype)
+
+
+class Undecided(TorchDispatchMode):
+    """Lets code that looks at numbers run on tensors without any; inside a FakeTensorMode and outside of a trace.
+
+    What is computed from real tensors alone, as samplers and their steps are, stays real. Where a fake tensor's numbers
+    decide, which are random in a run, the largest result is taken: every element is chosen, and all are alike. A number
+    that is asked for is 0.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        tensors = [value for value in tree_leaves((arguments, keywords)) if isinstance(value, Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            with unset_fake_temporarily():
+                return function(*arguments, **keywords)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if arguments[0].is_floating_point() else 0
+        if function is torch.ops.aten.nonzero.default:
+            return torch.empty(arguments[0].numel(), arguments[0].dim(), dtype=torch.int64)
+        if function is torch.ops.aten._unique2.default:
+            return arguments[0].flatten()[:1], torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        return function(*arguments, **keywords)
 
 
 class _Storages(TorchDispatchMode):

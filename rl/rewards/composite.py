@@ -18,7 +18,7 @@ from .dino import dino_reward
 from .endpoint import endpoint_reward
 from .feature import feature_reward
 from .jpeg import jpeg_reward
-from .local_model import LocalModel, load_models
+from .local_model import LocalModel, Models, load_models
 from .perceptual import perceptual_reward
 from .pixel import pixel_reward
 from .settings import FunctionSettings, ModelSettings, RewardTerms, TermSettings, read_terms
@@ -51,7 +51,12 @@ class Term:
 
 
 def make_reward(
-    terms: RewardTerms, *, device: torch.device | str, encoder: Encoder | None = None, standardize: bool = False
+    terms: RewardTerms,
+    *,
+    device: torch.device | str,
+    encoder: Encoder | None = None,
+    standardize: bool = False,
+    models: Models = load_models,
 ) -> CompositeReward:
     """The reward sum_i weight_i * reward_i(images, targets, asked).
 
@@ -61,6 +66,7 @@ def make_reward(
         device: where models of local directories are loaded to, once for all terms that share a directory.
         encoder: read by "feature" and "class_log_prob", and may be None without them.
         standardize: give the composite a Standardizer of its terms.
+        models: loads the models of local directories.
 
     Returns:
         A callable that returns the sum and each unweighted term.
@@ -72,7 +78,7 @@ def make_reward(
     for name, (kind, _) in read.items():
         if kind in GIVEN_ENCODER and encoder is None:
             raise RewardError(f"reward.terms.{name}: the reward {name} reads an encoder, and none was given")
-    models = load_models(
+    loaded = models(
         {name: settings for name, (_, settings) in read.items() if isinstance(settings, ModelSettings)},
         torch.device(device),
     )
@@ -81,8 +87,8 @@ def make_reward(
         function = isinstance(settings, FunctionSettings)
         made[name] = Term(
             weight=settings.weight,
-            make=_maker(name, kind, settings, models.get(name)),
-            model=models.get(name),
+            make=_maker(name, kind, settings, loaded.get(name)),
+            model=loaded.get(name),
             differentiable=settings.differentiable if function else kind not in BLACK_BOXES,
             asks=ASKS.get(kind),
         )

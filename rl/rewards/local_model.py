@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -111,6 +111,10 @@ class LocalModel:
             raise
         except Exception as error:
             raise RewardError(f"it does not run on an image: {_text(error)}") from error
+
+
+Models = Callable[[Mapping[str, ModelSettings], torch.device], Mapping[str, LocalModel]]
+"""What `load_models` does: a plan, which has no weights, does it in another way."""
 
 
 def load_models(terms: Mapping[str, ModelSettings], device: torch.device) -> dict[str, LocalModel]:

@@ -168,9 +168,3 @@ def test_sizes_are_read_with_binary_and_decimal_units(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(EngineError, match="is not a size"):
         parse_bytes(text)
-
-
-def test_what_the_plan_does_not_know_is_refused_by_name():
-    config = load_config({}, ["objective.kind=grpo", "objective.joined={dmd2: 1}"])
-    with pytest.raises(EngineError, match="objective dmd2 cannot be planned"):
-        plan(config, gpu_bytes=24 * GIB)

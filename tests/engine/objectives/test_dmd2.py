@@ -125,10 +125,12 @@ def test_a_band_trains_the_steps_of_the_student_in_it(start):
     assert policy.timesteps[2] < 499
 
 
-def test_a_unet_trains_the_same_at_all_stages(start):
+@pytest.mark.parametrize("network", ["unet", "dit", "dit with adapters"])
+def test_it_trains_the_same_at_all_stages(start, tiny_pipeline, network):
+    dit = (f"teacher.path={tiny_pipeline('dit')}", *DIT, f"lora.rank={2 if 'adapters' in network else 0}")
     losses = []
     for stage in (0, 3):
-        trainer = start(*SIZES, f"zero.stage={stage}")
+        trainer = start(*SIZES, *(() if network == "unet" else dit), f"zero.stage={stage}")
         rows = [trainer.train_iteration() for _ in range(2)]
         assert all(row["grad_norm"] > 0 and row["grad_norm/critic"] > 0 for row in rows)
         losses.append([row[name] for row in rows for name in ("loss/loss", "loss/critic", "gan/generator")])
