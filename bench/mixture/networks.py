@@ -50,7 +50,7 @@ class Posterior(nn.Module):
         self.net = perceptron(3, head.parameters_per_position, width)
 
     def forward(self, z: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        share = sigma / (sigma**2 + SPREAD**2).sqrt()  # of noise; without it runs lost up to 14 of the 40 modes
+        share = sigma / (sigma**2 + SPREAD**2).sqrt()  # of noise; without it a mixture lost 14 modes of 40
         return self.head(z, self.net(_inputs(x, sigma.unsqueeze(1))), share)
 
 
