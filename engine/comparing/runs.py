@@ -113,8 +113,9 @@ class Runs:
 def match(runs: Runs) -> dict[tuple[str, float], int]:
     """Iterations of each method at each budget, at which its first seed costs what the first method's costs.
 
-    What a run costs is not proportional to its iterations (the teacher's targets are drawn once), so it is run again
-    with others until it is within `MATCHED` of the budget, `ROUNDS` times at most. What was found is kept in a file.
+    What a run costs is not proportional to its iterations (the teacher's targets are drawn once). Its second half says
+    what one more costs, and it is run again with others until it is within `MATCHED` of the budget, `ROUNDS` times at
+    most. What was found is kept in a file.
 
     Returns:
         (method, budget) -> iterations.
@@ -134,9 +135,11 @@ def match(runs: Runs) -> dict[tuple[str, float], int]:
             goal, record = runs.finished(jobs[reference, budget]), runs.finished(job)
             if goal is None or record is None or (method, budget) in known:
                 continue
-            share, found[method, budget] = record["flops"] / goal["flops"], record["iteration"]
-            if method in others and abs(share - 1) > MATCHED:
-                found[method, budget] = max(1, round(record["iteration"] / share))
+            missing, found[method, budget] = goal["flops"] - record["flops"], record["iteration"]
+            if method in others and abs(missing) > MATCHED * goal["flops"]:
+                iteration, flops = record["halfway"]
+                one = (record["flops"] - flops) / (record["iteration"] - iteration)
+                found[method, budget] = max(1, round(record["iteration"] + missing / one))
         settled = all(count == iterations.get(key, jobs[key].iterations) for key, count in found.items())
         iterations = found
         if settled:

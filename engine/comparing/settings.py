@@ -57,7 +57,7 @@ class Compare(Section):
     """Multiples of each method's own `iterations`, such as [1, 4] for rows that are nearer to convergence."""
     match: bool = True
     """Change the iterations of all methods but the first until a run of the first seed takes as many operations as the
-    first method's, within 2.5 %, by up to two more runs. False: train for the iterations that are asked for."""
+    first method's, within 2.5 %, by up to three more runs. False: train for the iterations that are asked for."""
     every: NonNegative = 0
     """Iterations between evaluations on the way; 0: at the end only. They are not part of the budget."""
     workers: Positive | None = None
@@ -72,7 +72,13 @@ class Compare(Section):
 
 
 QUICK = {"seeds": [0], "budgets": [0.25]}
-QUICK_SHARED = ("evaluation.samples=1000",)
+QUICK_SHARED = (
+    "evaluation.samples=1000",
+    "rollout.pool=256",
+    # a quarter, as of the iterations: a student that waits for its critic all along is none
+    "objective.dmd2.critic.warmup=25",
+    "objective.flash_dmd.critic.warmup=12",
+)
 """What --quick asks for, unless the command says otherwise."""
 
 
@@ -177,7 +183,7 @@ def read(file: Path | None, overrides: Sequence[str], *, quick: bool = False) ->
     Args:
         file: YAML with `output_dir`, a section `compare`, and any keys of a run, which all methods share.
         overrides: `key=value` strings with dotted keys of the same, which win over the file.
-        quick: fewer seeds, iterations and images.
+        quick: fewer seeds, iterations, conditions and images.
 
     Raises:
         EngineError: unreadable file, unknown key, a value that is not allowed, or methods that cannot be compared.

@@ -77,7 +77,8 @@ def train(job: Job) -> dict[str, Any]:
         `student` (its evaluation), `reward` (of held-out conditions, by the student's own sampler),
         `reward_terms` (each of it, where there are several), `training_reward`
         (of the last rollout, if there is one), `flops`, `passes` (role -> network evaluations of one latent), `seconds`
-        (of training), `peak_bytes` (of the process), `iteration`, and `curve`: the same at every job.every iterations.
+        (of training), `peak_bytes` (of the process), `iteration`, `halfway` ([iterations, flops] at half of them), and
+        `curve`: the same at every job.every iterations.
 
     Raises:
         EngineError: for what cannot work or must not go on.
@@ -88,6 +89,7 @@ def train(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         built = build(config, Path(folder), say=_quiet)
         trainer, counter, seconds, curve = built.trainer, FlopCounter(), 0.0, []
+        halfway = [0, 0]
         forget_peak_memory()
         started = time.perf_counter()
         if config.cloning.iterations:
@@ -96,6 +98,8 @@ def train(job: Job) -> dict[str, Any]:
         while trainer.iteration < config.iterations:
             with counter:
                 row = trainer.train_iteration()
+            if trainer.iteration == config.iterations // 2:
+                halfway = [trainer.iteration, counter.total]
             last = trainer.iteration == config.iterations
             if last or (job.every and trainer.iteration % job.every == 0):
                 seconds += time.perf_counter() - started
@@ -103,7 +107,7 @@ def train(job: Job) -> dict[str, Any]:
                 point |= {"passes": _training_passes(trainer), "peak_bytes": peak_memory()}
                 curve.append(point | _judged(built, config) | {"training_reward": row.get("reward/mean")})
                 started = time.perf_counter()
-    return {**curve[-1], "curve": curve if job.every else []}
+    return {**curve[-1], "halfway": halfway, "curve": curve if job.every else []}
 
 
 def _training_passes(trainer: Trainer) -> dict[str, int]:

@@ -250,16 +250,17 @@ def test_a_comparison_writes_its_result_and_goes_on_with_what_is_missing(run, tm
 
 def test_methods_are_brought_to_the_operations_of_the_first(run, tmp_path):
     longer = f"compare.methods=[{GRPO}, {OTHER.replace('iterations=2', 'iterations=9')}]"
-    result = run(longer, "compare.seeds=[0, 1]")
+    most = "teacher.steps=60"  # most of the operations, and not of each iteration
+    result = run(longer, most, "compare.seeds=[0, 1]")
     assert [(row["iterations"], row["budget_share"]) for row in result["rows"]] == [(2, 1), (2, 1)]
     assert run.jobs == [
         "teacher", "grpo-x1-seed0", "other-x1-seed0", "other-x1-seed0", "grpo-x1-seed1", "other-x1-seed1",
     ]  # fmt: skip
     assert result["warnings"] == []
     run.jobs.clear()
-    assert run(longer, "compare.seeds=[0, 1]")["rows"] == result["rows"]
+    assert run(longer, most, "compare.seeds=[0, 1]")["rows"] == result["rows"]
     assert run.jobs == []
-    unmatched = run(longer, "compare.seeds=[0]", "compare.match=false", f"output_dir={tmp_path / 'other'}")
+    unmatched = run(longer, most, "compare.seeds=[0]", "compare.match=false", f"output_dir={tmp_path / 'other'}")
     assert (unmatched["rows"][1]["iterations"], len(unmatched["warnings"])) == (9, 1)
 
 
