@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `python -m engine.compare`; returns the exit status: 1 where runs failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m engine.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="YAML: a section `compare`, and keys that all methods share")
-    quick = "one seed, a quarter of the iterations, 256 conditions, 1000 images"
+    quick = "one seed, a quarter of iterations, conditions and critics' warm-up, 1000 images"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as compare.seeds=[0,1] iterations=10")
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from engine.comparing import work
 from engine.comparing.settings import Comparison, Job
+from engine.config import Config
 from engine.errors import EngineError
 from engine.run_directory import write_atomically
 
@@ -115,7 +116,7 @@ def match(runs: Runs) -> dict[tuple[str, float], int]:
 
     What a run costs is not proportional to its iterations (the teacher's targets are drawn once). Its second half says
     what one more costs, and it is run again with others until it is within `MATCHED` of the budget, `ROUNDS` times at
-    most. What was found is kept in a file.
+    most. A method of phases stays as it is. What was found is kept in a file.
 
     Returns:
         (method, budget) -> iterations.
@@ -136,7 +137,7 @@ def match(runs: Runs) -> dict[tuple[str, float], int]:
             if goal is None or record is None or (method, budget) in known:
                 continue
             missing, found[method, budget] = goal["flops"] - record["flops"], record["iteration"]
-            if method in others and abs(missing) > MATCHED * goal["flops"]:
+            if method in others and abs(missing) > MATCHED * goal["flops"] and not _phased(job.config):
                 iteration, flops = record["halfway"]
                 one = (record["flops"] - flops) / (record["iteration"] - iteration)
                 found[method, budget] = max(1, round(record["iteration"] + missing / one))
@@ -146,3 +147,9 @@ def match(runs: Runs) -> dict[tuple[str, float], int]:
             break
     write_atomically(path, json.dumps([[*key, count] for key, count in iterations.items()]) + "\n")
     return iterations
+
+
+def _phased(config: Config) -> bool:
+    """Whether the turns of its objectives are one round: phases, to which other iterations would add another."""
+    turns = config.objective.turns
+    return turns is not None and sum(turns.values()) == config.iterations

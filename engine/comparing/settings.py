@@ -71,14 +71,11 @@ class Compare(Section):
         return values
 
 
+CRITICS = ("diff_instruct", "dmd2", "flash_dmd")
+"""Objectives that wait for a critic."""
+
 QUICK = {"seeds": [0], "budgets": [0.25]}
-QUICK_SHARED = (
-    "evaluation.samples=1000",
-    "rollout.pool=256",
-    # a quarter, as of the iterations: a student that waits for its critic all along is none
-    "objective.dmd2.critic.warmup=25",
-    "objective.flash_dmd.critic.warmup=12",
-)
+QUICK_SHARED = ("evaluation.samples=1000",)
 """What --quick asks for, unless the command says otherwise."""
 
 
@@ -183,7 +180,7 @@ def read(file: Path | None, overrides: Sequence[str], *, quick: bool = False) ->
     Args:
         file: YAML with `output_dir`, a section `compare`, and any keys of a run, which all methods share.
         overrides: `key=value` strings with dotted keys of the same, which win over the file.
-        quick: fewer seeds, iterations, conditions and images.
+        quick: fewer seeds, iterations, conditions and images, and less warm-up of critics.
 
     Raises:
         EngineError: unreadable file, unknown key, a value that is not allowed, or methods that cannot be compared.
@@ -206,11 +203,21 @@ def read(file: Path | None, overrides: Sequence[str], *, quick: bool = False) ->
         method = entry if isinstance(entry, Method) else Method(name=Path(entry).stem, config=entry)
         if method.name in (*methods, TEACHER):
             raise EngineError(f"compare.methods: {method.name} is taken already; give each method a name of its own")
-        methods[method.name] = load_config(_path(method.config), [*method.set, *shared])
+        smaller = _quarter(load_config(_path(method.config), method.set)) if quick else ()
+        methods[method.name] = load_config(_path(method.config), [*method.set, *smaller, *shared])
     _check_shared(methods)
     output_dir = next(iter(methods.values())).output_dir
     folder = Path(output_dir) if output_dir else RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
     return Comparison(folder, settings, {name: _as_job(config, folder) for name, config in methods.items()})
+
+
+def _quarter(config: Config) -> list[str]:
+    """A quarter of what does not shrink with the iterations: else it is most of a quick run."""
+    rollout, objective = config.rollout, config.objective
+    return [
+        f"rollout.pool={max(rollout.conditions, rollout.pool // 4)}",
+        *(f"objective.{kind}.critic.warmup={getattr(objective, kind).critic.warmup // 4}" for kind in CRITICS),
+    ]
 
 
 def _path(config: str) -> Path:

@@ -119,13 +119,7 @@ def build(config: Config, directory: Path) -> Networks:
             reference = student.with_network(materialize(frozen, low))
             resident["reference"] = stored_bytes(frozen, low)
     for role in {id(role.network): role for role in (student, teacher, reference) if role is not None}.values():
-        checkpointed = config.model.gradient_checkpointing and role.network is student.network
-        try:
-            prepare_network(role.network, gradient_checkpointing=checkpointed)
-        except ValueError as error:
-            raise EngineError(f"model: {error}") from None
-        if config.model.fused_kernels != "off":  # "auto" is on a GPU, which the plan is for
-            patch(role.network)
+        fit(role.network, config, trained=role.network is student.network)
     if quantized:
         imitate(teacher.network, precision)
     return Networks(
@@ -172,6 +166,25 @@ def _student(config: Config, directory: Path, teacher: Denoiser) -> Denoiser:
             return teacher.with_network(type(teacher.network).from_config(settings).eval())
     except Exception as error:  # each model class checks its sizes in its own way
         raise EngineError(f"student.architecture={config.student.architecture}: {error}") from None
+
+
+def fit(network: nn.Module, config: Config, *, trained: bool) -> None:
+    """Prepare what is a network of diffusers, in a module or all of it, as `engine.roles` does on a GPU.
+
+    Raises:
+        EngineError: names the key that it cannot follow.
+    """
+    from diffusers import ModelMixin
+
+    for part in network.modules():
+        if not isinstance(part, ModelMixin):
+            continue
+        try:
+            prepare_network(part, gradient_checkpointing=config.model.gradient_checkpointing and trained)
+        except ValueError as error:
+            raise EngineError(f"model: {error}") from None
+        if config.model.fused_kernels != "off":  # "auto" is on a GPU, which the plan is for
+            patch(part)
 
 
 def materialize(network: nn.Module, dtype: torch.dtype, *, adapters: torch.dtype | None = None) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine.errors import EngineError
 from engine.models.digits import load_reward_encoder
 from engine.planning.networks import FAKE, locate, materialize, transformers_model
+from engine.planning.traces import size_of
 from engine.planning.tracing import trace
 from engine.precision import DTYPES
 from engine.rl.rewards import RewardError
@@ -50,27 +51,21 @@ def reward_memory(terms: Mapping[str, Any], image: tuple[int, int, int]) -> Rewa
     """
     try:
         read = read_terms(terms)
+        models = _by_model({name: own for name, (_, own) in read.items() if isinstance(own, ModelSettings)})
     except RewardError as error:
         raise EngineError(str(error)) from None
     weights = activations = differences = 0
-    models: dict[tuple[Path, str], list[ModelSettings]] = {}
     notes = []
-    for name, (kind, settings) in read.items():
-        if isinstance(settings, ModelSettings):
-            try:
-                models.setdefault((locate(settings.path), settings.precision), []).append(settings)
-            except EngineError as error:
-                raise EngineError(f"reward.terms.{name}.path: {error}") from None
-        elif kind == "pixel":
+    for name, (kind, _) in read.items():
+        if kind == "pixel":
             differences = 2
         elif ":" in kind:
             notes.append(NOT_PLANNED.format(name=f"reward.terms.{name}"))
     if any(kind in GIVEN_ENCODER for kind, _ in read.values()):
-        encoder = load_reward_encoder()
-        weights += sum(value.numel() * value.element_size() for value in encoder.parameters())
+        weights += size_of(load_reward_encoder().parameters())
     for (directory, precision), sharing in models.items():
-        batch = min(settings.batch_size for settings in sharing)
-        reads = frozenset().union(*(settings.reads for settings in sharing))
+        batch = min(settings.batch_size for settings in sharing.values())
+        reads = frozenset().union(*(settings.reads for settings in sharing.values()))
         size, peak = _model(directory, DTYPES[precision], batch, "prompts" in reads, image)
         weights, activations = weights + size, max(activations, peak)
     return RewardMemory(weights, activations, differences, tuple(notes))
@@ -91,7 +86,22 @@ def _model(
         images = torch.empty(batch, *image)
         encode = torch.no_grad()(lambda: tower(pixel_values=prepare(images).to(dtype)))
         found = trace(encode, given=[images], network=network)
-    return sum(value.numel() * value.element_size() for value in network.parameters()), found.peak
+    return size_of(network.parameters()), found.peak
+
+
+def _by_model(terms: Mapping[str, ModelSettings]) -> dict[tuple[Path, str], dict[str, ModelSettings]]:
+    """(directory, precision) of a model -> the terms that look through it.
+
+    Raises:
+        RewardError: names the term's `path`.
+    """
+    groups: dict[tuple[Path, str], dict[str, ModelSettings]] = {}
+    for name, settings in terms.items():
+        try:
+            groups.setdefault((locate(settings.path), settings.precision), {})[name] = settings
+        except EngineError as error:
+            raise RewardError(f"reward.terms.{name}.path: {error}") from None
+    return groups
 
 
 def _network(directory: Path, *, prompts: bool) -> nn.Module:
@@ -127,14 +137,8 @@ def load_models(terms: Mapping[str, ModelSettings], device: torch.device) -> dic
     Raises:
         RewardError: names the term's `path`.
     """
-    groups: dict[tuple[Path, str], dict[str, ModelSettings]] = {}
     models: dict[str, LocalModel] = {}
-    for name, settings in terms.items():
-        try:
-            groups.setdefault((locate(settings.path), settings.precision), {})[name] = settings
-        except EngineError as error:
-            raise RewardError(f"reward.terms.{name}.path: {error}") from None
-    for (directory, _), sharing in groups.items():
+    for (directory, _), sharing in _by_model(terms).items():
         try:
             models |= dict.fromkeys(sharing, _Weightless(directory, list(sharing.values())))
         except (RewardError, OSError, ValueError, KeyError) as error:

@@ -10,13 +10,10 @@ from functools import partial
 from torch import nn
 
 from engine.config import Config
-from engine.errors import EngineError
-from engine.kernels import patch
-from engine.models.memory import prepare_network
 from engine.objectives.catalogue import objective_class
 from engine.objectives.contract import Role
 from engine.parts import for_role
-from engine.planning.networks import Networks, materialize, stored_bytes
+from engine.planning.networks import Networks, fit, materialize, stored_bytes
 from engine.planning.rewards import load_models
 from engine.precision import DTYPES, weights_dtype
 from engine.roles import Roles
@@ -84,20 +81,5 @@ def _fake(config: Config, nets: Networks, role: Role, network: nn.Module) -> Rol
     elif weights and not cast and base != low:
         frozen, apart = (), base.itemsize * sum(weights)
     materialize(network, low if cast or not weights else base, adapters=low)
-    _fit(network, config, checkpointed=config.model.gradient_checkpointing and trained)
+    fit(network, config, trained=trained)
     return RoleNetwork(network, precision, trained, frozen, apart)
-
-
-def _fit(network: nn.Module, config: Config, *, checkpointed: bool) -> None:
-    """What `engine.roles.fit_role` does for a GPU."""
-    from diffusers import ModelMixin
-
-    for part in network.modules():
-        if not isinstance(part, ModelMixin):
-            continue
-        try:
-            prepare_network(part, gradient_checkpointing=checkpointed)
-        except ValueError as error:
-            raise EngineError(f"model: {error}") from None
-        if config.model.fused_kernels != "off":
-            patch(part)

@@ -108,6 +108,16 @@ def test_the_shipped_methods_are_named_by_their_files():
     assert comparison.jobs({})[0].config.evaluation.samples == 1000
 
 
+def test_quick_takes_a_quarter_of_what_iterations_do_not_shrink():
+    method = "{name: dmd2, config: dmd2, set: [rollout.pool=400, objective.dmd2.critic.warmup=40]}"
+    (config,) = settings.read(None, [f"compare.methods=[{method}]"], quick=True).methods.values()
+    assert (config.rollout.pool, config.objective.dmd2.critic.warmup) == (100, 10)
+    (config,) = settings.read(None, [f"compare.methods=[{method}]", "rollout.pool=77"], quick=True).methods.values()
+    assert config.rollout.pool == 77
+    (config,) = settings.read(None, ["compare.methods=[grpo]"], quick=True).methods.values()
+    assert config.rollout.pool == 256 > config.rollout.conditions
+
+
 def test_the_default_comparison_is_of_methods_that_are_shipped():
     comparison = settings.read(None, [])
     assert {name: config.objective.kind for name, config in comparison.methods.items()} == {
@@ -262,6 +272,14 @@ def test_methods_are_brought_to_the_operations_of_the_first(run, tmp_path):
     assert run.jobs == []
     unmatched = run(longer, most, "compare.seeds=[0]", "compare.match=false", f"output_dir={tmp_path / 'other'}")
     assert (unmatched["rows"][1]["iterations"], len(unmatched["warnings"])) == (9, 1)
+
+
+def test_phases_keep_their_lengths(run):
+    phases = 'iterations=9, "objective.joined={regression: 1}", "objective.turns={ppo: 5, regression: 4}"'
+    method = OTHER.replace("iterations=2", phases)
+    result = run(f"compare.methods=[{GRPO}, {method}]", "compare.seeds=[0]")
+    assert result["rows"][1]["iterations"] == 9
+    assert len(result["warnings"]) == 1
 
 
 def test_an_interrupted_search_for_equal_operations_goes_on_with_the_runs_that_it_left(run, tmp_path):
