@@ -153,7 +153,8 @@ class Reward(Section):
 
 class Advantage(Section):
     scale: Literal["group_std", "global_std", "none"] = "group_std"
-    """What a reward's deviation is divided by; "none" with objective.kind=grpo is Dr.GRPO."""
+    """What a reward's deviation is divided by; "none" with objective.kind=grpo is Dr.GRPO. For ppo, which has
+    no groups, group_std is global_std: that of the iteration's rewards."""
     clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest magnitude of an advantage; None: as it is."""
 
