@@ -154,7 +154,7 @@ SWITCHES = (
     Switch("bf16", 0.6, _low_precision, KINDS, loses="24 bits of mantissa for 8"),
     Switch(
         "gradients through the last step", 0.7, _last_step, (ACTIVATIONS,),
-        loses="what the steps before the last would learn from the distillation's loss",
+        loses="what the steps before the last would learn; on the digits the student was lost (docs/objectives.md)",
     ),
     Switch(
         "autoencoder in bf16", 0.98, _set("vae.precision", "bf16", unless=lambda c: c.vae.precision != "fp32"),
