@@ -11,6 +11,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from bench.mixture import __main__ as mixture
 from bench.mixture.metrics import log_mmd
+from bench.mixture.networks import Generator
 from bench.mixture.target import mixture_of_40
 from bench.mixture.training import train
 
@@ -91,6 +92,18 @@ def test_a_run_repeats_and_spreads(target, name):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
     widths = [float(samples.std()) for samples in ends[0]]
     assert max(widths) > 1.5 * widths[0]  # it starts near 0; so few steps are too few to hold what was reached
+
+
+@pytest.mark.parametrize("name", mixture.METHODS)
+def test_the_generator_is_trained_on_normal_noise_that_never_repeats(target, name, monkeypatch):
+    forward, seen = Generator.forward, []
+    monkeypatch.setattr(Generator, "forward", lambda self, z: seen.append(z) or forward(self, z))
+    schedule = replace(mixture.SCHEDULE, steps=20, batch=64, width=8, critic_start=1)
+    train(mixture.METHODS[name], schedule, target, 3, lambda step, net: None)
+    z = torch.cat(seen)
+    assert z.unique(dim=0).shape == z.shape
+    torch.testing.assert_close(z.T.cov(), torch.eye(2), rtol=0, atol=0.15)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2), rtol=0, atol=0.15)
 
 
 def test_passes_are_those_of_the_updates(target):
