@@ -33,7 +33,8 @@ def start(threads: int | None) -> None:
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    with _without("LOCAL_SIZE"):
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def stop() -> None:
@@ -112,6 +113,18 @@ def share(count: int) -> slice:
     """This rank's contiguous part of `count` items: equal sizes where they divide, else sizes that differ by one."""
     bounds = [count * r // world_size() for r in (rank(), rank() + 1)]
     return slice(*bounds)
+
+
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Inside, the environment lacks a variable. With the launcher's LOCAL_SIZE, DeepSpeed on CPUs gives each rank
+    66 MiB of shared memory for its inference, which training never calls, and leaves it there when the process ends."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -40,9 +40,9 @@ FIXED = (
 
 
 def by_the_launcher(launch, arguments: list[str], cwd: Path) -> None:
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    launcher, port = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"], launch.free_port()
     run = subprocess.run(
-        [*launcher, "--master_port", str(launch.free_port()), str(TRAIN), *arguments],
+        [*launcher, "--master_port", str(port), str(TRAIN), *arguments],
         cwd=cwd,
         env=launch.clean_environment(),
         capture_output=True,
@@ -51,6 +51,7 @@ def by_the_launcher(launch, arguments: list[str], cwd: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*"))  # memory that would stay when the run is over
 
 
 def by_environment(launch, arguments: list[str], cwd: Path) -> None:
