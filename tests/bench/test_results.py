@@ -5,7 +5,9 @@ import json
 import pytest
 
 from bench import results
+from engine.comparing import settings
 
+COMPARISONS = results.ROOT / "bench" / "comparisons"
 RUN = {"method": "a", "budget": 1.0, "seed": 0}
 
 
@@ -101,3 +103,28 @@ def test_a_placeholder_that_says_nothing_is_an_error(folder, asked):
 
 def test_the_committed_page_is_what_the_committed_files_give():
     assert results.main(["--check"]) == 0
+
+
+def changed(then: dict, now: dict, path: str = "") -> list[str]:
+    """Keys that both have, with other values; a key that came later says what was done before it."""
+    found = []
+    for key in then.keys() & now.keys():
+        if isinstance(then[key], dict) and isinstance(now[key], dict):
+            found += changed(then[key], now[key], f"{path}{key}.")
+        elif then[key] != now[key]:
+            found.append(f"{path}{key}: {then[key]} then, {now[key]} now")
+    return found
+
+
+@pytest.mark.parametrize("name", ["digits_compare", *sorted(file.stem for file in COMPARISONS.glob("*.yaml"))])
+def test_committed_comparisons_are_of_the_configurations_that_are_shipped(name):
+    record = json.loads((results.RESULTS / f"{name}.json").read_text())
+    file = COMPARISONS / f"{name}.yaml"
+    overrides = [f"compare.methods={json.dumps(record['settings']['methods'])}"]
+    asked = settings.read(file if file.exists() else None, [] if file.exists() else overrides)
+    assert list(record["methods"]) == list(asked.methods)
+    for method, config in asked.methods.items():
+        now = json.loads(json.dumps(config.as_dict()))
+        for free in ("iterations", "output_dir"):  # operations are matched by the first
+            del now[free]
+        assert not changed(record["methods"][method], now), method
